@@ -1,0 +1,415 @@
+"""The ranks of one process group, and the plain (not differentiable) collectives among them.
+
+This is the only place that talks to ``torch.distributed``. Nothing here writes into a tensor of the
+caller's: results are in memory that the collective itself allocated, because a gradient handed to a
+backward may be shared and a forward input may be saved by autograd.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from colrow.collectives.failure import diagnose, register_member
+from colrow.collectives.statistics import Call, CommStats, current_phase
+
+Group: TypeAlias = "Communicator | dist.ProcessGroup | DeviceMesh"
+"""What the public functions accept as a group of ranks: a mesh means its only dimension, or ``tp``."""
+
+_REDUCTIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
+# torch 2.13 renamed these two and warns about the old names
+_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_scatter_reduced = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+class Pending:
+    """A collective under way. :meth:`wait` completes it and gives its result, once or repeatedly."""
+
+    def __init__(
+        self,
+        communicator: Communicator,
+        call: Call,
+        work: dist.Work | None,
+        finish: Callable[[], Tensor],
+    ) -> None:
+        self._communicator = communicator
+        self._call = call
+        self._work = work
+        self._finish: Callable[[], Tensor] | None = finish
+        self._result: Tensor | None = None
+
+    @classmethod
+    def completed(cls, result: Tensor) -> Pending:
+        """A collective that had nothing to move."""
+        pending = cls.__new__(cls)
+        pending._finish = None
+        pending._result = result
+        return pending
+
+    def wait(self) -> Tensor:
+        """The result.
+
+        Raises:
+            RankFailure: if another rank died, raised or did not come within the group's timeout.
+        """
+        if self._finish is not None:
+            if self._work is not None:
+                begin = time.perf_counter()
+                try:
+                    self._work.wait()
+                except RuntimeError as error:
+                    raise diagnose(error, self._call, self._communicator.global_ranks) from error
+                self._communicator.statistics.add_seconds(self._call, time.perf_counter() - begin)
+            self._result = self._finish()
+            self._work = self._finish = None
+        assert self._result is not None
+        return self._result
+
+
+class Communicator:
+    """One process group: who is in it, its collectives, and what they have moved so far.
+
+    Get one with :func:`communicator`; there is one per process group, so that statistics add up.
+
+    Attributes:
+        rank: this process's rank within the group.
+        size: number of ranks in the group.
+        global_ranks: the job-wide ranks of the members, in group order.
+        statistics: count and bytes of all collectives since start or the last reset.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+        self.rank = dist.get_rank(group)
+        self.size = dist.get_world_size(group)
+        self.global_ranks = tuple(dist.get_process_group_ranks(group))
+        self.statistics = CommStats()
+        self._is_gloo = dist.get_backend(group) == "gloo"
+        register_member()
+
+    def __repr__(self) -> str:
+        return f"Communicator(rank {self.rank} of {self.size}, global ranks {list(self.global_ranks)})"
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Communicator:
+        return self  # a copied model talks to the same ranks
+
+    def _begin(
+        self,
+        operation: str,
+        label: str,
+        payload: Tensor,
+        start: Callable[[], dist.Work | None],
+        finish: Callable[[], Tensor],
+    ) -> Pending:
+        call = Call(operation, label, current_phase(), payload.numel() * payload.element_size())
+        self.statistics.record(call)
+        begin = time.perf_counter()
+        try:
+            work = start()
+        except RuntimeError as error:
+            raise diagnose(error, call, self.global_ranks) from error
+        self.statistics.add_seconds(call, time.perf_counter() - begin)
+        return Pending(self, call, work, finish)
+
+    def _sum_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """gloo adds half-precision numbers in half precision: above two ranks that rounds repeatedly."""
+        half = dtype in (torch.bfloat16, torch.float16)
+        return torch.float32 if half and self._is_gloo and self.size > 2 else dtype
+
+    def start_all_reduce(
+        self, tensor: Tensor, reduction: str = "sum", *, label: str = "", owned: bool = False
+    ) -> Pending:
+        """Elementwise ``sum``, ``max`` or ``min`` over the ranks; the same bits on each of them.
+
+        Args:
+            tensor: any shape and strides, the same shape and dtype on every rank.
+            reduction: ``sum``, ``max`` or ``min``.
+            label: names the collective in errors and statistics.
+            owned: the caller allocated ``tensor`` for this call and gives it away: reduce it in place.
+        """
+        if self.size == 1:
+            return Pending.completed(tensor if owned else tensor.clone())
+        dtype = self._sum_dtype(tensor.dtype) if reduction == "sum" else tensor.dtype
+        if owned and tensor.is_contiguous() and dtype == tensor.dtype:
+            buffer = tensor
+        else:
+            buffer = tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
+        return self._begin(
+            "all_reduce",
+            label,
+            tensor,
+            lambda: dist.all_reduce(buffer, _REDUCTIONS[reduction], group=self.group, async_op=True),
+            lambda: buffer.to(tensor.dtype),
+        )
+
+    def start_all_gather(
+        self, shard: Tensor, dimension: int, sizes: Sequence[int] | None = None, *, label: str = ""
+    ) -> Pending:
+        """Concatenation along ``dimension`` of the shards of all ranks, in rank order.
+
+        Args:
+            shard: this rank's part; shapes may differ between ranks along ``dimension`` only.
+            dimension: the cut dimension.
+            sizes: extent of ``dimension`` on each rank; ``None`` says that all are equal.
+            label: names the collective in errors and statistics.
+        """
+        if self.size == 1:
+            return Pending.completed(shard.clone())
+        dimension %= shard.dim()
+        sizes = self._check_sizes(sizes, shard.shape[dimension])
+        if sizes[self.rank] != shard.shape[dimension]:
+            raise ValueError(f"rank {self.rank} holds {shard.shape[dimension]}, not {sizes[self.rank]}")
+        largest = max(sizes)
+        source = _pad(shard, dimension, largest).contiguous()
+        stacked = source.new_empty((self.size, *source.shape))
+
+        def finish() -> Tensor:
+            if dimension == 0 and len(set(sizes)) == 1:
+                return stacked.view(sum(sizes), *shard.shape[1:])
+            parts = [stacked[rank].narrow(dimension, 0, size) for rank, size in enumerate(sizes)]
+            return torch.cat(parts, dimension)
+
+        return self._begin(
+            "all_gather",
+            label,
+            stacked,
+            lambda: _gather_into(
+                stacked.view(-1),
+                source.view(-1),
+                group=self.group,
+                async_op=True,
+            ),
+            finish,
+        )
+
+    def start_reduce_scatter(
+        self, tensor: Tensor, dimension: int, sizes: Sequence[int] | None = None, *, label: str = ""
+    ) -> Pending:
+        """This rank's part, along ``dimension``, of the sum over the ranks.
+
+        Args:
+            tensor: the same shape on every rank.
+            dimension: the dimension to cut.
+            sizes: extent that each rank gets; ``None`` says that all are equal.
+            label: names the collective in errors and statistics.
+        """
+        if self.size == 1:
+            return Pending.completed(tensor.clone())
+        dimension %= tensor.dim()
+        extent = tensor.shape[dimension]
+        if sizes is None and extent % self.size:
+            raise ValueError(f"{extent} cannot be cut over {self.size} ranks equally: give sizes")
+        sizes = self._check_sizes(sizes, extent // self.size)
+        if sum(sizes) != extent:
+            raise ValueError(f"the sizes {list(sizes)} do not add up to the extent {extent}")
+        largest = max(sizes)
+        dtype = self._sum_dtype(tensor.dtype)
+        pieces = tensor.to(dtype).split(list(sizes), dimension)
+        source = torch.stack([_pad(piece, dimension, largest) for piece in pieces])
+        own = source.new_empty(source.shape[1:])
+        return self._begin(
+            "reduce_scatter",
+            label,
+            tensor,
+            lambda: _scatter_reduced(own.view(-1), source.view(-1), group=self.group, async_op=True),
+            lambda: own.narrow(dimension, 0, sizes[self.rank]).contiguous().to(tensor.dtype),
+        )
+
+    def start_all_to_all(
+        self,
+        tensor: Tensor,
+        split_dimension: int,
+        split_sizes: Sequence[int],
+        concat_dimension: int,
+        concat_sizes: Sequence[int],
+        *,
+        label: str = "",
+    ) -> Pending:
+        """Cut ``tensor`` along one dimension, send part r to rank r, concatenate what arrives along another.
+
+        Args:
+            tensor: full along ``split_dimension``, this rank's part along ``concat_dimension``.
+            split_dimension: dimension to cut.
+            split_sizes: extent of ``split_dimension`` that goes to each rank.
+            concat_dimension: dimension along which the parts of the others are joined.
+            concat_sizes: extent of ``concat_dimension`` on each rank before the call.
+            label: names the collective in errors and statistics.
+        """
+        if self.size == 1:
+            return Pending.completed(tensor.clone())
+        split_dimension %= tensor.dim()
+        concat_dimension %= tensor.dim()
+        split_sizes = self._check_sizes(split_sizes, 0)
+        concat_sizes = self._check_sizes(concat_sizes, 0)
+        if (
+            sum(split_sizes) != tensor.shape[split_dimension]
+            or concat_sizes[self.rank] != tensor.shape[concat_dimension]
+        ):
+            raise ValueError(
+                f"the sizes {list(split_sizes)} and {list(concat_sizes)} do not fit {list(tensor.shape)}"
+            )
+        pieces = tensor.split(list(split_sizes), split_dimension)
+        source = torch.cat([piece.reshape(-1) for piece in pieces])
+        shapes = []
+        for size in concat_sizes:
+            shape = list(tensor.shape)
+            shape[split_dimension] = split_sizes[self.rank]
+            shape[concat_dimension] = size
+            shapes.append(shape)
+        counts = [torch.Size(shape).numel() for shape in shapes]
+        received = source.new_empty(sum(counts))
+        return self._begin(
+            "all_to_all",
+            label,
+            source,
+            lambda: dist.all_to_all_single(
+                received,
+                source,
+                counts,
+                [piece.numel() for piece in pieces],
+                group=self.group,
+                async_op=True,
+            ),
+            lambda: torch.cat(
+                [part.view(shape) for part, shape in zip(received.split(counts), shapes, strict=True)],
+                concat_dimension,
+            ),
+        )
+
+    def start_broadcast(self, tensor: Tensor, source: int, *, label: str = "") -> Pending:
+        """The tensor of group rank ``source``; all ranks give a tensor of its shape and dtype."""
+        if self.size == 1:
+            return Pending.completed(tensor.clone())
+        buffer = tensor.clone(memory_format=torch.contiguous_format)
+        root = self.global_ranks[source]
+        return self._begin(
+            "broadcast",
+            label,
+            buffer,
+            lambda: dist.broadcast(buffer, root, group=self.group, async_op=True),
+            lambda: buffer,
+        )
+
+    def all_reduce(self, tensor: Tensor, reduction: str = "sum", *, label: str = "") -> Tensor:
+        """See :meth:`start_all_reduce`."""
+        return self.start_all_reduce(tensor, reduction, label=label).wait()
+
+    def all_gather(
+        self, shard: Tensor, dimension: int, sizes: Sequence[int] | None = None, *, label: str = ""
+    ) -> Tensor:
+        """See :meth:`start_all_gather`."""
+        return self.start_all_gather(shard, dimension, sizes, label=label).wait()
+
+    def reduce_scatter(
+        self, tensor: Tensor, dimension: int, sizes: Sequence[int] | None = None, *, label: str = ""
+    ) -> Tensor:
+        """See :meth:`start_reduce_scatter`."""
+        return self.start_reduce_scatter(tensor, dimension, sizes, label=label).wait()
+
+    def broadcast(self, tensor: Tensor, source: int, *, label: str = "") -> Tensor:
+        """See :meth:`start_broadcast`."""
+        return self.start_broadcast(tensor, source, label=label).wait()
+
+    def gather(self, shard: Tensor, shapes: Sequence[Sequence[int]], *, label: str = "") -> list[Tensor]:
+        """All ranks' tensors on group rank 0, which gets a list in rank order; the others get ``[]``.
+
+        Args:
+            shard: this rank's tensor.
+            shapes: the shape of each rank's tensor; they may differ in everything but the dtype.
+            label: names the collective in errors and statistics.
+        """
+        if self.size == 1:
+            return [shard.clone()]
+        counts = [torch.Size(shape).numel() for shape in shapes]
+        source = shard.contiguous().view(-1)
+        is_root = self.rank == 0
+        received = source.new_empty(sum(counts) if is_root else 0)
+        pending = self._begin(
+            "gather",
+            label,
+            source,
+            lambda: dist.all_to_all_single(
+                received,
+                source,
+                counts if is_root else [0] * self.size,
+                [source.numel()] + [0] * (self.size - 1),
+                group=self.group,
+                async_op=True,
+            ),
+            lambda: received,
+        )
+        result = pending.wait()
+        if not is_root:
+            return []
+        return [part.view(tuple(shape)) for part, shape in zip(result.split(counts), shapes, strict=True)]
+
+    def barrier(self, *, label: str = "barrier") -> None:
+        """Return once every rank of the group has called this."""
+        if self.size > 1:
+            token = torch.zeros(1, device="cpu" if self._is_gloo else "cuda")
+            self.start_all_reduce(token, label=label).wait()
+
+    def _check_sizes(self, sizes: Sequence[int] | None, equal: int) -> tuple[int, ...]:
+        sizes = (equal,) * self.size if sizes is None else tuple(sizes)
+        if len(sizes) != self.size:
+            raise ValueError(f"got sizes of {len(sizes)} ranks for a group of {self.size}")
+        return sizes
+
+
+def _pad(tensor: Tensor, dimension: int, size: int) -> Tensor:
+    """``tensor`` extended with arbitrary values to ``size`` along ``dimension``."""
+    missing = size - tensor.shape[dimension]
+    if missing == 0:
+        return tensor
+    shape = list(tensor.shape)
+    shape[dimension] = missing
+    return torch.cat([tensor, tensor.new_zeros(shape)], dimension)
+
+
+# torch keeps one registry of process groups per process; this is the same one with what colrow adds
+_communicators: WeakKeyDictionary[dist.ProcessGroup, Communicator] = WeakKeyDictionary()
+
+
+def communicator(group: Group) -> Communicator:
+    """The communicator of a process group or of a mesh's only (else its ``tp``) dimension.
+
+    Raises:
+        ValueError: if this process is not in the group, or a mesh has several dimensions, none of them tp.
+    """
+    if isinstance(group, Communicator):
+        return group
+    if isinstance(group, DeviceMesh):
+        names = group.mesh_dim_names or ()
+        if group.ndim > 1 and "tp" not in names:
+            raise ValueError(f"the mesh has the dimensions {names}: pass mesh['name'] of one of them")
+        group = group.get_group("tp" if group.ndim > 1 else 0)
+    if dist.get_rank(group) < 0:
+        raise ValueError(f"rank {dist.get_rank()} is not in the group that it was given")
+    found = _communicators.get(group)
+    if found is None:
+        found = _communicators[group] = Communicator(group)
+    return found
+
+
+def comm_stats(group: Group | None = None) -> CommStats:
+    """Count, bytes and seconds of the collectives that this rank took part in since the last reset.
+
+    Args:
+        group: count this group only; default: all groups together.
+    """
+    if group is not None:
+        return CommStats().merge([communicator(group).statistics])
+    return CommStats().merge(one.statistics for one in _communicators.values())
+
+
+def reset_comm_stats() -> None:
+    """Set all counters of this rank to zero."""
+    for one in _communicators.values():
+        one.statistics.tallies.clear()

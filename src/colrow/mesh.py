@@ -1,0 +1,84 @@
+"""The named mesh of ranks: ``dp`` replicas, each cut over ``tp`` ranks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from colrow.collectives.communicator import communicator
+from colrow.collectives.failure import report_uncaught_exceptions
+
+DEFAULT_TIMEOUT_SECONDS = 300.0
+
+
+def init_mesh(
+    tp: int = 1,
+    dp: int = 1,
+    *,
+    device: str | None = None,
+    timeout: float = DEFAULT_TIMEOUT_SECONDS,
+) -> DeviceMesh:
+    """A device mesh with the dimensions ``dp`` and ``tp``, tp innermost (neighbouring ranks).
+
+    Joins the job's process group first if this process has not: from the environment that torchrun (or
+    ``colrow train``) sets, or alone if there is none. NCCL serves GPUs, gloo serves CPUs.
+
+    Args:
+        tp: number of ranks that hold the slices of one model.
+        dp: number of replicas of the model.
+        device: ``"cpu"`` or ``"cuda"``; default: cuda if every local rank can have a GPU of its own.
+        timeout: seconds after which a collective that some rank does not reach raises
+            :class:`colrow.RankFailure` on the others.
+
+    Raises:
+        ValueError: if a size is less than 1, or dp x tp is not the number of ranks of the job.
+    """
+    for name, size in (("tp", tp), ("dp", dp)):
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise ValueError(f"{name} must be a whole number of ranks, at least 1, not {size!r}")
+    if timeout <= 0:
+        raise ValueError(f"timeout must be positive seconds, not {timeout}")
+    if device is None:
+        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        device = "cuda" if torch.cuda.is_available() and torch.cuda.device_count() >= local_ranks else "cpu"
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"device must be 'cpu' or 'cuda', not {device!r}")
+    _check_world(dp, tp)
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    limit = timedelta(seconds=timeout)
+    if not dist.is_initialized():
+        backend = "nccl" if device == "cuda" else "gloo"
+        if "RANK" in os.environ:
+            dist.init_process_group(backend, timeout=limit)
+        else:
+            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=limit)
+    mesh = init_device_mesh(device, (dp, tp), mesh_dim_names=("dp", "tp"))
+    for name in ("dp", "tp"):
+        group = mesh.get_group(name)
+        dist.distributed_c10d._set_pg_timeout(limit, group)
+        communicator(group)
+    report_uncaught_exceptions()
+    return mesh
+
+
+def _check_world(dp: int, tp: int) -> None:
+    world = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+    if dp * tp == world:
+        return
+    choices = ", ".join(f"dp={world // size} tp={size}" for size in _divisors(world))
+    start = "" if world > 1 else f" Start more: torchrun --nproc-per-node {dp * tp} ..."
+    raise ValueError(
+        f"dp={dp} x tp={tp} needs {dp * tp} ranks, but this job has {world}. "
+        f"What fits {world}: {choices}.{start}"
+    )
+
+
+def _divisors(number: int) -> Iterator[int]:
+    return (size for size in range(1, number + 1) if number % size == 0)
