@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
 import torch
@@ -92,6 +92,7 @@ class Communicator:
         self.global_ranks = tuple(dist.get_process_group_ranks(group))
         self.statistics = CommStats()
         self._is_gloo = dist.get_backend(group) == "gloo"
+        self._subgroups: dict[tuple[int, ...], Communicator] = {}
         register_member()
 
     def __repr__(self) -> str:
@@ -283,11 +284,19 @@ class Communicator:
             ),
         )
 
-    def start_broadcast(self, tensor: Tensor, source: int, *, label: str = "") -> Pending:
-        """The tensor of group rank ``source``; all ranks give a tensor of its shape and dtype."""
+    def start_broadcast(
+        self, tensor: Tensor, source: int, *, label: str = "", owned: bool = False
+    ) -> Pending:
+        """The tensor of group rank ``source``; all ranks give a tensor of its shape and dtype.
+
+        With ``owned`` the caller allocated ``tensor`` for this call and gives it away: receive in place.
+        """
         if self.size == 1:
-            return Pending.completed(tensor.clone())
-        buffer = tensor.clone(memory_format=torch.contiguous_format)
+            return Pending.completed(tensor if owned else tensor.clone())
+        if owned and tensor.is_contiguous():
+            buffer = tensor
+        else:
+            buffer = tensor.clone(memory_format=torch.contiguous_format)
         root = self.global_ranks[source]
         return self._begin(
             "broadcast",
@@ -295,6 +304,29 @@ class Communicator:
             buffer,
             lambda: dist.broadcast(buffer, root, group=self.group, async_op=True),
             lambda: buffer,
+        )
+
+    def start_reduce(
+        self, tensor: Tensor, destination: int, *, label: str = "", owned: bool = False
+    ) -> Pending:
+        """The sum over the ranks on group rank ``destination``; what the other ranks get has no meaning.
+
+        With ``owned`` the caller allocated ``tensor`` for this call and gives it away: reduce in place.
+        """
+        if self.size == 1:
+            return Pending.completed(tensor if owned else tensor.clone())
+        dtype = self._sum_dtype(tensor.dtype)
+        if owned and tensor.is_contiguous() and dtype == tensor.dtype:
+            buffer = tensor
+        else:
+            buffer = tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
+        root = self.global_ranks[destination]
+        return self._begin(
+            "reduce",
+            label,
+            tensor,
+            lambda: dist.reduce(buffer, root, group=self.group, async_op=True),
+            lambda: buffer.to(tensor.dtype),
         )
 
     def all_reduce(self, tensor: Tensor, reduction: str = "sum", *, label: str = "") -> Tensor:
@@ -355,6 +387,46 @@ class Communicator:
         if self.size > 1:
             token = torch.zeros(1, device="cpu" if self._is_gloo else "cuda")
             self.start_all_reduce(token, label=label).wait()
+
+    def subgroup(self, ranks: Sequence[int]) -> Communicator:
+        """A communicator among some ranks of this group; made by the first call, then kept.
+
+        The first call is collective among the members, and each rank must make its subgroups in an order
+        that does not contradict the others'. Backend and timeout are this group's.
+
+        Args:
+            ranks: ranks within this group, in the order they shall have; this rank must be one of them.
+
+        Raises:
+            ValueError: if this rank is not a member, or a rank is named twice or is not in this group.
+            RankFailure: if another member died, raised or did not come within the group's timeout.
+        """
+        members = tuple(ranks)
+        if members == tuple(range(self.size)):
+            return self
+        if self.rank not in members or len(set(members)) != len(members):
+            raise ValueError(f"rank {self.rank} cannot make the subgroup {list(members)}: name it once")
+        if not set(members) <= set(range(self.size)):
+            raise ValueError(f"the subgroup {list(members)} has ranks outside of 0 to {self.size - 1}")
+        if members not in self._subgroups:
+            self._subgroups[members] = self._make_subgroup([self.global_ranks[rank] for rank in members])
+        return self._subgroups[members]
+
+    def _make_subgroup(self, global_ranks: list[int]) -> Communicator:
+        device = torch.device("cpu" if self._is_gloo else "cuda")
+        # torch sorts the ranks unless told otherwise; releases without the option have sorted groups only
+        order: dict[str, Any] = {} if global_ranks == sorted(global_ranks) else {"sort_ranks": False}
+        try:
+            group = dist.new_group(
+                global_ranks,
+                timeout=self.group._get_backend(device).options._timeout,
+                backend=dist.get_backend(self.group),
+                use_local_synchronization=True,
+                **order,
+            )
+        except RuntimeError as error:
+            raise diagnose(error, Call("new_group", "subgroup", current_phase(), 0), global_ranks) from error
+        return communicator(group)
 
     def _check_sizes(self, sizes: Sequence[int] | None, equal: int) -> tuple[int, ...]:
         sizes = (equal,) * self.size if sizes is None else tuple(sizes)
