@@ -1,0 +1,16 @@
+"""Parallel layers, for use by hand and by ``colrow.parallelize``."""
+
+from colrow.layers.cross_entropy import cross_entropy
+from colrow.layers.embedding import VocabParallelEmbedding
+from colrow.layers.entry import SharedEntry
+from colrow.layers.linear import ColumnParallelLinear, RowParallelLinear, column_parallel, row_parallel
+
+__all__ = [
+    "ColumnParallelLinear",
+    "RowParallelLinear",
+    "SharedEntry",
+    "VocabParallelEmbedding",
+    "column_parallel",
+    "cross_entropy",
+    "row_parallel",
+]

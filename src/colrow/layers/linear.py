@@ -1,0 +1,378 @@
+"""Column-parallel and row-parallel linear layers (Shoeybi et al. 2019, Megatron-LM, section 3).
+
+A column-parallel linear holds some of the output features, a row-parallel one some of the input features.
+One after the other they need one all-reduce forward (the sum of the row-parallel layer's partial results)
+and one backward (the sum of the gradients of what the column-parallel layer reads).
+
+Written once for ``nn.Linear``, whose weight is ``[out, in]``, and transformers' ``Conv1D``, ``[in, out]``.
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import cache
+from typing import Any, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from colrow.collectives import AllGather, AllReduce, Communicator, Enter, Group, Slice, communicator
+from colrow.errors import PlanError
+from colrow.layers.entry import SharedEntry
+from colrow.layers.shards import axis_layout, shard_parameter
+from colrow.layout import Cut, DimensionLayout, TensorLayout
+from colrow.randomness import RegionRandomness
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, out_first: bool) -> Tensor:
+    if out_first:
+        return F.linear(x, weight, bias)
+    result = x @ weight
+    return result if bias is None else result + bias
+
+
+def _input_gradient(gradient: Tensor, weight: Tensor, out_first: bool) -> Tensor:
+    return gradient @ (weight if out_first else weight.t())
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[..., features] as a matrix; -1 would be ambiguous where a rank holds no features."""
+    return x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
+
+
+def _weight_gradient(gradient: Tensor, x: Tensor, out_first: bool) -> Tensor:
+    return _rows(gradient).t() @ _rows(x) if out_first else _rows(x).t() @ _rows(gradient)
+
+
+class _ColumnLinear(torch.autograd.Function):
+    """I x V -> V. The backward starts the reduction of the input's gradient, computes the weight's, waits."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        ranks: Communicator,
+        label: str,
+        out_first: bool,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.ranks, ctx.label, ctx.out_first = ranks, label, out_first
+        return _product(x, weight, bias, out_first)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        x_gradient = pending = weight_gradient = None
+        if needs_x:
+            x_gradient = _input_gradient(gradient, weight, ctx.out_first)
+            if x_gradient.requires_grad:  # a second derivative will be taken
+                x_gradient = AllReduce(ctx.ranks, ctx.label)(x_gradient)
+            else:
+                pending = ctx.ranks.start_all_reduce(x_gradient, label=ctx.label, owned=True)
+        if needs_weight:
+            # here x meets each rank's own gradient: its second derivative is partial
+            entered = Enter(ctx.ranks, ctx.label)(x)
+            weight_gradient = _weight_gradient(gradient, entered, ctx.out_first)
+        bias_gradient = _rows(gradient).sum(0) if needs_bias else None
+        if pending is not None:
+            x_gradient = pending.wait()
+        return x_gradient, weight_gradient, bias_gradient, None, None, None
+
+
+class _RowLinear(torch.autograd.Function):
+    """V x V -> I. The forward reduces in the memory of the product itself, and adds the bias once."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        ranks: Communicator,
+        label: str,
+        out_first: bool,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.ranks, ctx.label, ctx.out_first = ranks, label, out_first
+        partial = _product(x, weight, None, out_first)
+        result = ranks.start_all_reduce(partial, label=label, owned=True).wait()
+        return result if bias is None else result.add_(bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        # the gradient meets each rank's own shards: its second derivative is partial
+        entered = Enter(ctx.ranks, ctx.label)(gradient)
+        x_gradient = _input_gradient(entered, weight, ctx.out_first) if needs_x else None
+        weight_gradient = _weight_gradient(entered, x, ctx.out_first) if needs_weight else None
+        bias_gradient = _rows(gradient).sum(0) if needs_bias else None
+        return x_gradient, weight_gradient, bias_gradient, None, None, None
+
+
+def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
+    """The operands in autocast's dtype, as it would give them to ``F.linear``."""
+    device = next(tensor for tensor in tensors if tensor is not None).device.type
+    if not torch.is_autocast_enabled(device):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device)
+    return [
+        tensor if tensor is None or tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors
+    ]
+
+
+class _ParallelLinear(nn.Module):
+    """What the two kinds share: the group, the layout of the cut features, the parameters' shards."""
+
+    communicator: Communicator
+    label: str
+    features: DimensionLayout
+    cut: Cut
+    region: RegionRandomness | None
+
+    def _take_shard(
+        self, group: Group, label: str, layout: DimensionLayout | None, cut: Cut | None, output: bool
+    ) -> None:
+        """Keep this rank's part of the output features, or of the input features, in place."""
+        ranks = self.communicator = communicator(group)
+        self.label, self.region = label, None
+        self._out_first = isinstance(self, nn.Linear)
+        names = ("out_features", "in_features") if self._out_first else ("nf", "nx")
+        sizes = [getattr(self, name) for name in names]  # global: a tied weight may be a shard already
+        axis = 0 if output else 1
+        self.features, self.cut = axis_layout(sizes[axis], ranks.size, layout, cut)
+        placed = (self.features, self.cut)
+        dimension = axis if self._out_first else 1 - axis
+        shape = tuple(sizes) if self._out_first else tuple(reversed(sizes))
+        shard_parameter(self._parameters["weight"], TensorLayout(shape, {dimension: placed}), ranks.rank)
+        if output:
+            shard_parameter(self._parameters["bias"], TensorLayout((sizes[0],), {0: placed}), ranks.rank)
+        setattr(self, names[axis], self.features.local_size(self.cut, ranks.rank))
+
+    @property
+    def _operands(self) -> tuple[Tensor, Tensor | None]:
+        return cast(Tensor, self.weight), cast("Tensor | None", self.bias)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Number of cut features on each rank."""
+        return tuple(self.features.local_size(self.cut, rank) for rank in range(self.cut.ranks))
+
+    def extra_repr(self) -> str:
+        whole = f"{self.features.size} features cut {list(self.sizes)}"
+        position = f"rank {self.communicator.rank} of {self.communicator.size}"
+        return f"{super().extra_repr()}, {whole}, {position}".lstrip(", ")
+
+
+class _ColumnParallel(_ParallelLinear):
+    entry: SharedEntry | None
+    reads: Literal["I", "R"]
+    gather_output: bool
+
+    def _become_column(
+        self,
+        group: Group,
+        label: str,
+        layout: DimensionLayout | None,
+        cut: Cut | None,
+        entry: SharedEntry | None,
+        reads: Literal["I", "R"],
+        gather_output: bool,
+    ) -> None:
+        if gather_output and layout is not None and len(layout.segments) > 1:
+            raise ValueError("the shards of a packed layout are not consecutive: they cannot be gathered")
+        self._take_shard(group, label, layout, cut, output=True)
+        self.entry, self.reads, self.gather_output = entry, reads, gather_output
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` [..., in features], I (or R) -> [..., this rank's out features], V, or all of them, I."""
+        if self.entry is not None:
+            x = self.entry(x)
+        if self.entry is not None or self.reads == "R":
+            y = _product(x, *self._operands, self._out_first)
+        else:
+            operands = _autocast(x, *self._operands)
+            y = _ColumnLinear.apply(*operands, self.communicator, f"enter {self.label}", self._out_first)
+        if self.region is not None and self.training:
+            self.region.enter(y.device)
+        if self.gather_output:
+            label = f"gather {self.label}"
+            y = AllGather(self.communicator, label, y.dim() - 1, self.sizes, "I")(y)
+        return y
+
+
+class _RowParallel(_ParallelLinear):
+    reads: Literal["V", "I"]
+
+    def _become_row(
+        self,
+        group: Group,
+        label: str,
+        layout: DimensionLayout | None,
+        cut: Cut | None,
+        reads: Literal["V", "I"],
+    ) -> None:
+        self._take_shard(group, label, layout, cut, output=False)
+        if reads == "I" and len(self.features.segments) > 1:
+            raise ValueError("a row-parallel layer can slice its input only along consecutive features")
+        self.reads = reads
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` [..., this rank's in features], V (or all of them, I) -> [..., out features], I."""
+        if self.region is not None:
+            self.region.leave()
+        if self.reads == "I":
+            x = Slice(self.communicator, f"slice {self.label}", x.dim() - 1, self.sizes, "I")(x)
+        operands = _autocast(x, *self._operands)
+        result: Tensor = _RowLinear.apply(*operands, self.communicator, f"exit {self.label}", self._out_first)
+        return result
+
+
+class ColumnParallelLinear(_ColumnParallel, nn.Linear):
+    """A linear layer of which each rank holds some output features.
+
+    The full weight is initialised on every rank and then sliced, so that ranks with equally seeded
+    generators hold, bit for bit, the slices of ``nn.Linear(in_features, out_features)``.
+
+    Args:
+        in_features: size of the input, whole on every rank.
+        out_features: size of the output over all ranks; any number.
+        group: process group, mesh or communicator.
+        bias: whether to add a bias, cut like the output.
+        layout: how units lie in the output features; default: each feature is a unit.
+        cut: units per rank; default: balanced.
+        reads: ``"I"``: the layer enters its input (all-reduce of the gradient, overlapped with the weight's
+            gradient); ``"R"``: the caller has done so.
+        gather_output: give all features (I) instead of this rank's (V).
+        label: names the layer's collectives in errors and statistics.
+
+    Raises:
+        ValueError: if layout, cut and group do not fit each other.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        group: Group,
+        *,
+        bias: bool = True,
+        layout: DimensionLayout | None = None,
+        cut: Cut | None = None,
+        reads: Literal["I", "R"] = "I",
+        gather_output: bool = False,
+        label: str = "column-parallel linear",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        nn.Linear.__init__(self, in_features, out_features, bias, device, dtype)
+        self._become_column(group, label, layout, cut, None, reads, gather_output)
+
+
+class RowParallelLinear(_RowParallel, nn.Linear):
+    """A linear layer of which each rank holds some input features; the bias is added once, after the sum.
+
+    Args:
+        in_features: size of the input over all ranks; any number.
+        out_features: size of the output, whole on every rank.
+        group: process group, mesh or communicator.
+        bias: whether to add a bias, replicated.
+        layout: how units lie in the input features; default: each feature is a unit.
+        cut: units per rank; default: balanced.
+        reads: ``"V"``: each rank gives its features; ``"I"``: all ranks give all features.
+        label: names the layer's collectives in errors and statistics.
+
+    Raises:
+        ValueError: if layout, cut and group do not fit each other.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        group: Group,
+        *,
+        bias: bool = True,
+        layout: DimensionLayout | None = None,
+        cut: Cut | None = None,
+        reads: Literal["V", "I"] = "V",
+        label: str = "row-parallel linear",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        nn.Linear.__init__(self, in_features, out_features, bias, device, dtype)
+        self._become_row(group, label, layout, cut, reads)
+
+
+@cache
+def _conv1d_class(base: type[nn.Module], role: type[_ParallelLinear]) -> type[nn.Module]:
+    return type(role.__name__.lstrip("_") + base.__name__, (role, base), {"__module__": __name__})
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether this is exactly an ``nn.Linear`` or a ``Conv1D`` (a subclass may compute otherwise)."""
+    conv1d = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", nn.Linear)
+    return type(module) in (nn.Linear, conv1d)
+
+
+def _change_class(
+    module: nn.Module, role: type[_ParallelLinear], linear: type[nn.Module], label: str
+) -> None:
+    if not is_linear(module):
+        raise PlanError(
+            label,
+            f"{type(module).__name__} is not a plain linear layer, so its forward is not known",
+            "Cut nn.Linear or Conv1D modules, or leave this one replicated.",
+        )
+    module.__class__ = linear if isinstance(module, nn.Linear) else _conv1d_class(type(module), role)  # type: ignore[arg-type]
+
+
+def column_parallel(
+    module: nn.Module,
+    group: Group,
+    *,
+    layout: DimensionLayout | None = None,
+    cut: Cut | None = None,
+    entry: SharedEntry | None = None,
+    reads: Literal["I", "R"] = "I",
+    gather_output: bool = False,
+    label: str = "column-parallel linear",
+) -> nn.Module:
+    """Make an existing ``nn.Linear`` or ``Conv1D`` column-parallel, in place; returns it.
+
+    The module and its parameters stay the same objects. ``entry`` is shared by layers that read one value;
+    the other arguments are those of :class:`ColumnParallelLinear`.
+
+    Raises:
+        PlanError: if the module is neither.
+    """
+    _change_class(module, _ColumnParallel, ColumnParallelLinear, label)
+    assert isinstance(module, _ColumnParallel)
+    module._become_column(group, label, layout, cut, entry, reads, gather_output)
+    return module
+
+
+def row_parallel(
+    module: nn.Module,
+    group: Group,
+    *,
+    layout: DimensionLayout | None = None,
+    cut: Cut | None = None,
+    reads: Literal["V", "I"] = "V",
+    label: str = "row-parallel linear",
+) -> nn.Module:
+    """Make an existing ``nn.Linear`` or ``Conv1D`` row-parallel, in place; returns it.
+
+    Arguments as in :class:`RowParallelLinear`.
+
+    Raises:
+        PlanError: if the module is neither.
+    """
+    _change_class(module, _RowParallel, RowParallelLinear, label)
+    assert isinstance(module, _RowParallel)
+    module._become_row(group, label, layout, cut, reads)
+    return module
