@@ -1,0 +1,44 @@
+"""AdamW over a cut model: plain PyTorch, since the parameters are plain local tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from colrow.train.configuration import OptimizerConfiguration
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """The trainable parameters in two groups: with weight decay, and without.
+
+    Without are biases and the weights of norms (all of one dimension) and embeddings (also an output layer
+    that shares an embedding's weight).
+    """
+    embeddings = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, nn.Embedding)
+        for parameter in module.parameters(recurse=False)
+    }
+    groups: list[dict[str, Any]] = [
+        {"params": [], "weight_decay": weight_decay},
+        {"params": [], "weight_decay": 0.0},
+    ]
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            spared = parameter.dim() < 2 or id(parameter) in embeddings
+            groups[spared]["params"].append(parameter)
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(model: nn.Module, configuration: OptimizerConfiguration) -> torch.optim.AdamW:
+    """AdamW, in its fused form: one pass over each parameter."""
+    return torch.optim.AdamW(
+        parameter_groups(model, configuration.weight_decay),
+        lr=configuration.learning_rate,
+        betas=configuration.betas,
+        eps=configuration.eps,
+        fused=True,
+    )
