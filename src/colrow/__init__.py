@@ -1,7 +1,30 @@
 """Tensor parallelism for PyTorch that derives, proves and predicts."""
 
+from colrow.apply import ShardedLogits, parallelize
 from colrow.collectives import comm_stats, reset_comm_stats
 from colrow.errors import PlanError, RankFailure
+from colrow.layers import cross_entropy
 from colrow.mesh import init_mesh
+from colrow.parameters import ParameterCount, clip_grad_norm_, count_parameters, global_grad_norm
+from colrow.plan import HandPlan, Plan
+from colrow.randomness import manual_seed
+from colrow.state import state_of
 
-__all__ = ["PlanError", "RankFailure", "comm_stats", "init_mesh", "reset_comm_stats"]
+__all__ = [
+    "HandPlan",
+    "ParameterCount",
+    "Plan",
+    "PlanError",
+    "RankFailure",
+    "ShardedLogits",
+    "clip_grad_norm_",
+    "comm_stats",
+    "count_parameters",
+    "cross_entropy",
+    "global_grad_norm",
+    "init_mesh",
+    "manual_seed",
+    "parallelize",
+    "reset_comm_stats",
+    "state_of",
+]

@@ -40,29 +40,50 @@ class RegionRandomness:
     """Switches between the common stream and this rank's stream at the borders of regions.
 
     One object serves all regions of a model; they do not nest. Only training needs it: what draws no random
-    numbers, pays two small copies of the generator's state.
+    numbers pays two small copies of the generator's state.
     """
 
     def __init__(self, communicator: Communicator) -> None:
         self._communicator = communicator
-        self._outside: torch.Tensor | None = None
         self._generator: torch.Generator = torch.default_generator
+        self._outside: torch.Tensor | None = None
+        self._seed = 0
+        self._inside: tuple[str, set[str]] = ("", set())
 
-    def enter(self, device: torch.device) -> None:
-        """Begin a region, unless one has begun."""
+    def enter(self, device: torch.device, region: str, member: str) -> None:
+        """Begin ``region``, unless it has begun.
+
+        ``member`` is one of the layers that read the region's input; the first of them begins it. If the
+        same one comes again, or one of another region, then the last pass was left inside the region.
+        """
         if self._outside is not None:
-            return
+            name, members = self._inside
+            if name == region and member not in members:
+                members.add(member)
+                return
+            self.abandon()
         self._generator = _default_generator(device)
         # drawn on the host, whatever the device: no synchronisation, and the same on all ranks
-        seed = int(torch.randint(_MASK, (1,)))
+        drawn = int(torch.randint(_MASK, (1,)))
+        self._seed = _mix(drawn, self._communicator.rank)
         self._outside = self._generator.get_state()
-        self._generator.manual_seed(_mix(seed, self._communicator.rank))
+        self._generator.manual_seed(self._seed)
+        self._inside = (region, {member})
 
     def leave(self) -> None:
-        """End the region, if one has begun."""
+        """End the region, if one has begun: the common stream goes on where it was."""
         if self._outside is not None:
             self._generator.set_state(self._outside)
             self._outside = None
+
+    def abandon(self) -> None:
+        """End a region that the last pass did not: an exception, or a recomputation that stopped early.
+
+        Activation checkpointing has then put the common stream back itself, which shows in the seed.
+        """
+        if self._outside is not None and self._generator.initial_seed() == self._seed:
+            self._generator.set_state(self._outside)
+        self._outside = None
 
 
 def _default_generator(device: torch.device) -> torch.Generator:

@@ -20,12 +20,13 @@ class SharedEntry:
 
     def __init__(self, communicator: Communicator, label: str) -> None:
         self._enter = Enter(communicator, label)
-        self._forget()
-
-    def _forget(self) -> None:
         self._value: ref[Tensor] | None = None
-        self._entered: ref[Tensor] | None = None
+        self._entered: Tensor | None = None
         self._version = -1
+
+    def _forget(self, value: ref[Tensor]) -> None:
+        if self._value is value:
+            self._value = self._entered = None
 
     def __deepcopy__(self, memo: dict[int, object]) -> SharedEntry:
         # layers that shared an entry share the copy of it; memo is keyed by identity
@@ -37,11 +38,10 @@ class SharedEntry:
         """The entered ``value``; no autograd node unless a gradient will come back."""
         if not (value.requires_grad and torch.is_grad_enabled()):
             return value
-        # weak references: an entry must not keep activations alive
-        if self._value is not None and self._value() is value and self._version == value._version:
-            entered = self._entered() if self._entered is not None else None
-            if entered is not None:
-                return entered
+        known = self._value() if self._value is not None else None
+        if self._entered is not None and known is value and self._version == value._version:
+            return self._entered
         entered = self._enter(value)
-        self._value, self._entered, self._version = ref(value), ref(entered), value._version
+        # the entered tensor shares the value's memory and is forgotten with it: no activation is kept alive
+        self._value, self._entered, self._version = ref(value, self._forget), entered, value._version
         return entered

@@ -9,7 +9,6 @@ Written once for ``nn.Linear``, whose weight is ``[out, in]``, and transformers'
 
 from __future__ import annotations
 
-import sys
 from functools import cache
 from typing import Any, Literal, cast
 
@@ -22,6 +21,7 @@ from colrow.errors import PlanError
 from colrow.layers.entry import SharedEntry
 from colrow.layers.shards import axis_layout, shard_parameter
 from colrow.layout import Cut, DimensionLayout, TensorLayout
+from colrow.modules import is_linear
 from colrow.randomness import RegionRandomness
 
 
@@ -168,9 +168,12 @@ class _ParallelLinear(nn.Module):
         return f"{super().extra_repr()}, {whole}, {position}".lstrip(", ")
 
 
-class _ColumnParallel(_ParallelLinear):
+class ColumnParallel(_ParallelLinear):
+    """What makes a linear layer column-parallel, whichever way its weight lies."""
+
     entry: SharedEntry | None
     reads: Literal["I", "R"]
+    _region_name = ""
     gather_output: bool
 
     def _become_column(
@@ -188,6 +191,10 @@ class _ColumnParallel(_ParallelLinear):
         self._take_shard(group, label, layout, cut, output=True)
         self.entry, self.reads, self.gather_output = entry, reads, gather_output
 
+    def begin_region(self, region: RegionRandomness, name: str) -> None:
+        """From this layer's output on, random numbers differ by rank, until the region ``name`` ends."""
+        self.region, self._region_name = region, name
+
     def forward(self, x: Tensor) -> Tensor:
         """``x`` [..., in features], I (or R) -> [..., this rank's out features], V, or all of them, I."""
         if self.entry is not None:
@@ -198,14 +205,16 @@ class _ColumnParallel(_ParallelLinear):
             operands = _autocast(x, *self._operands)
             y = _ColumnLinear.apply(*operands, self.communicator, f"enter {self.label}", self._out_first)
         if self.region is not None and self.training:
-            self.region.enter(y.device)
+            self.region.enter(y.device, self._region_name, self.label)
         if self.gather_output:
             label = f"gather {self.label}"
             y = AllGather(self.communicator, label, y.dim() - 1, self.sizes, "I")(y)
         return y
 
 
-class _RowParallel(_ParallelLinear):
+class RowParallel(_ParallelLinear):
+    """What makes a linear layer row-parallel, whichever way its weight lies."""
+
     reads: Literal["V", "I"]
 
     def _become_row(
@@ -221,6 +230,10 @@ class _RowParallel(_ParallelLinear):
             raise ValueError("a row-parallel layer can slice its input only along consecutive features")
         self.reads = reads
 
+    def end_region(self, region: RegionRandomness) -> None:
+        """From this layer's output on, random numbers agree on all ranks."""
+        self.region = region
+
     def forward(self, x: Tensor) -> Tensor:
         """``x`` [..., this rank's in features], V (or all of them, I) -> [..., out features], I."""
         if self.region is not None:
@@ -232,7 +245,7 @@ class _RowParallel(_ParallelLinear):
         return result
 
 
-class ColumnParallelLinear(_ColumnParallel, nn.Linear):
+class ColumnParallelLinear(ColumnParallel, nn.Linear):
     """A linear layer of which each rank holds some output features.
 
     The full weight is initialised on every rank and then sliced, so that ranks with equally seeded
@@ -273,7 +286,7 @@ class ColumnParallelLinear(_ColumnParallel, nn.Linear):
         self._become_column(group, label, layout, cut, None, reads, gather_output)
 
 
-class RowParallelLinear(_RowParallel, nn.Linear):
+class RowParallelLinear(RowParallel, nn.Linear):
     """A linear layer of which each rank holds some input features; the bias is added once, after the sum.
 
     Args:
@@ -310,13 +323,7 @@ class RowParallelLinear(_RowParallel, nn.Linear):
 
 @cache
 def _conv1d_class(base: type[nn.Module], role: type[_ParallelLinear]) -> type[nn.Module]:
-    return type(role.__name__.lstrip("_") + base.__name__, (role, base), {"__module__": __name__})
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether this is exactly an ``nn.Linear`` or a ``Conv1D`` (a subclass may compute otherwise)."""
-    conv1d = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", nn.Linear)
-    return type(module) in (nn.Linear, conv1d)
+    return type(role.__name__ + base.__name__, (role, base), {"__module__": __name__})
 
 
 def _change_class(
@@ -341,7 +348,7 @@ def column_parallel(
     reads: Literal["I", "R"] = "I",
     gather_output: bool = False,
     label: str = "column-parallel linear",
-) -> nn.Module:
+) -> ColumnParallel:
     """Make an existing ``nn.Linear`` or ``Conv1D`` column-parallel, in place; returns it.
 
     The module and its parameters stay the same objects. ``entry`` is shared by layers that read one value;
@@ -350,8 +357,8 @@ def column_parallel(
     Raises:
         PlanError: if the module is neither.
     """
-    _change_class(module, _ColumnParallel, ColumnParallelLinear, label)
-    assert isinstance(module, _ColumnParallel)
+    _change_class(module, ColumnParallel, ColumnParallelLinear, label)
+    assert isinstance(module, ColumnParallel)
     module._become_column(group, label, layout, cut, entry, reads, gather_output)
     return module
 
@@ -364,7 +371,7 @@ def row_parallel(
     cut: Cut | None = None,
     reads: Literal["V", "I"] = "V",
     label: str = "row-parallel linear",
-) -> nn.Module:
+) -> RowParallel:
     """Make an existing ``nn.Linear`` or ``Conv1D`` row-parallel, in place; returns it.
 
     Arguments as in :class:`RowParallelLinear`.
@@ -372,7 +379,7 @@ def row_parallel(
     Raises:
         PlanError: if the module is neither.
     """
-    _change_class(module, _RowParallel, RowParallelLinear, label)
-    assert isinstance(module, _RowParallel)
+    _change_class(module, RowParallel, RowParallelLinear, label)
+    assert isinstance(module, RowParallel)
     module._become_row(group, label, layout, cut, reads)
     return module

@@ -1,0 +1,21 @@
+"""Facts about modules that several parts need: which are plain linear layers, which parameters are tied."""
+
+from __future__ import annotations
+
+import sys
+
+from torch import nn
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether this is exactly an ``nn.Linear`` or a ``Conv1D``: a subclass may compute otherwise."""
+    conv1d = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", nn.Linear)
+    return type(module) in (nn.Linear, conv1d)
+
+
+def names_by_parameter(model: nn.Module) -> dict[int, list[str]]:
+    """All names of each parameter, by the identity of the object: tied parameters have several."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return names

@@ -1,0 +1,115 @@
+"""Norms and counts of parameters that know what is sharded, what is replicated and what is tied."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+from colrow.state import placed_parameters, state_of
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Numbers of elements and bytes, each tied parameter counted once.
+
+    Attributes:
+        local: elements that this rank holds.
+        total: elements of the whole model.
+        local_bytes, total_bytes: the same in bytes.
+    """
+
+    local: int
+    total: int
+    local_bytes: int
+    total_bytes: int
+
+
+def count_parameters(model: nn.Module) -> ParameterCount:
+    """What this rank holds of a parallelized model's parameters, and what one process would hold."""
+    local = total = local_bytes = total_bytes = 0
+    for placed in placed_parameters(model):
+        size = placed.parameter.element_size()
+        whole = prod(placed.layout.shape)
+        local += placed.parameter.numel()
+        total += whole
+        local_bytes += placed.parameter.numel() * size
+        total_bytes += whole * size
+    return ParameterCount(local, total, local_bytes, total_bytes)
+
+
+def global_grad_norm(model: nn.Module, norm_type: float = 2.0) -> Tensor:
+    """Norm of all gradients as if they were one vector on one device, the same on every rank.
+
+    One all-reduce of one number. Sharded gradients are summed over the tensor-parallel ranks, replicated
+    and tied ones are counted once.
+
+    Args:
+        model: a parallelized model after backward.
+        norm_type: p of the p-norm; may be ``inf``.
+
+    Returns:
+        A float64 scalar on the gradients' device; 0 if there are no gradients.
+    """
+    state = state_of(model)
+    sharded: list[Tensor] = []
+    replicated: list[Tensor] = []
+    for placed in placed_parameters(model):
+        if placed.parameter.grad is not None:
+            (sharded if placed.layout.is_sharded else replicated).append(placed.parameter.grad)
+    device = (sharded + replicated)[0].device if sharded or replicated else torch.device("cpu")
+    own, common = (_power_sum(gradients, norm_type, device) for gradients in (sharded, replicated))
+    is_max = norm_type == float("inf")
+    own = state.communicator.all_reduce(own, "max" if is_max else "sum", label="gradient norm")
+    return torch.maximum(own, common) if is_max else (own + common) ** (1 / norm_type)
+
+
+def _power_sum(gradients: list[Tensor], norm_type: float, device: torch.device) -> Tensor:
+    """Sum of |g|^p, or the largest |g|, in float64: the order of the parameters' norms must not matter."""
+    gradients = [gradient for gradient in gradients if gradient.numel()]
+    if not gradients:
+        return torch.zeros((), dtype=torch.float64, device=device)
+    norms = [
+        norm.double()
+        for norm in torch._foreach_norm(
+            [gradient.float() if gradient.element_size() < 4 else gradient for gradient in gradients],
+            norm_type,
+        )
+    ]
+    stacked = torch.stack(norms)
+    return stacked.max() if norm_type == float("inf") else (stacked**norm_type).sum()
+
+
+def clip_grad_norm_(
+    model: nn.Module, max_norm: float, norm_type: float = 2.0, *, error_if_nonfinite: bool = False
+) -> Tensor:
+    """Scale all gradients in place so that their global norm is at most ``max_norm``.
+
+    The counterpart of ``torch.nn.utils.clip_grad_norm_`` for a parallelized model: the same norm and the
+    same scale as on one device, on every rank.
+
+    Args:
+        model: a parallelized model after backward.
+        max_norm: largest norm to leave; ``inf`` measures only.
+        norm_type: p of the p-norm; may be ``inf``.
+        error_if_nonfinite: raise instead of scaling by a number that is not finite.
+
+    Returns:
+        The norm before clipping, a float64 scalar.
+
+    Raises:
+        RuntimeError: if the norm is not finite and ``error_if_nonfinite`` is set; on every rank alike.
+    """
+    norm = global_grad_norm(model, norm_type)
+    if error_if_nonfinite and not torch.isfinite(norm):
+        raise RuntimeError(f"the gradients' norm is {norm.item()}: they cannot be clipped")
+    # the small number is torch's own, so that both clip alike
+    scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+    gradients = [
+        placed.parameter.grad for placed in placed_parameters(model) if placed.parameter.grad is not None
+    ]
+    if gradients:
+        torch._foreach_mul_(gradients, scale.to(gradients[0].device))
+    return norm
