@@ -1,6 +1,7 @@
 """Tensor parallelism for PyTorch that derives, proves and predicts."""
 
 from colrow.apply import ShardedLogits, parallelize
+from colrow.checkpoint import load_pretrained, save_pretrained
 from colrow.collectives import comm_stats, reset_comm_stats
 from colrow.errors import PlanError, RankFailure
 from colrow.layers import cross_entropy
@@ -23,8 +24,10 @@ __all__ = [
     "cross_entropy",
     "global_grad_norm",
     "init_mesh",
+    "load_pretrained",
     "manual_seed",
     "parallelize",
     "reset_comm_stats",
+    "save_pretrained",
     "state_of",
 ]

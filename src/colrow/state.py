@@ -32,6 +32,12 @@ class ParallelState:
     plan: Plan
     layouts: dict[str, TensorLayout]
 
+    @property
+    def is_first_replica(self) -> bool:
+        """Whether this rank belongs to the first of the model's replicas: the one that writes files."""
+        names = self.mesh.mesh_dim_names or ()
+        return all(self.mesh.get_local_rank(name) == 0 for name in names if name != "tp")
+
     def __deepcopy__(self, memo: dict[int, object]) -> ParallelState:
         return self  # immutable, and process groups cannot be copied
 

@@ -1,0 +1,97 @@
+"""Reading a rank's part of tensors from a folder of safetensors files, and nothing more than that part."""
+
+from __future__ import annotations
+
+import json
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from colrow.layout import TensorLayout
+
+
+class SafetensorsFolder:
+    """The tensors of a folder in the hub's layout: one file, or several with an index.
+
+    Args:
+        folder: where the files are.
+        stem: ``model`` for ``model.safetensors`` or ``model.safetensors.index.json``.
+
+    Raises:
+        FileNotFoundError: if the folder does not exist or holds no safetensors.
+    """
+
+    def __init__(self, folder: Path, stem: str = "model") -> None:
+        if not folder.is_dir():
+            raise FileNotFoundError(f"there is no folder {folder}")
+        index, single = folder / f"{stem}.safetensors.index.json", folder / f"{stem}.safetensors"
+        self._folder = folder
+        self._files: dict[Path, Any] = {}
+        if index.exists():
+            mapping: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        elif single.exists():
+            mapping = dict.fromkeys(self._open(single).keys(), single.name)
+        else:
+            raise FileNotFoundError(f"there is neither {single.name} nor {index.name} in {folder}")
+        self._mapping = mapping
+
+    def _open(self, path: Path) -> Any:
+        # an extra: whoever only cuts models need not have it
+        from safetensors import safe_open
+
+        if path not in self._files:
+            self._files[path] = safe_open(path, framework="pt")
+        return self._files[path]
+
+    @property
+    def names(self) -> set[str]:
+        return set(self._mapping)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The global shape of a tensor."""
+        return tuple(self._slice(name).get_shape())
+
+    def read(self, name: str, layout: TensorLayout, rank: int, dtype: torch.dtype | None = None) -> Tensor:
+        """The shard of ``rank``; only its index ranges are read.
+
+        Raises:
+            ValueError: if the file's shape is not the layout's.
+        """
+        source = self._slice(name)
+        if tuple(source.get_shape()) != layout.shape:
+            raise ValueError(
+                f"{name} has the shape {source.get_shape()} in {self._folder}, the model expects "
+                f"{list(layout.shape)}"
+            )
+        ranges = [layout.ranges(dimension, rank) for dimension in range(len(layout.shape))]
+        if not ranges:
+            whole: Tensor = self._open(self._folder / self._mapping[name]).get_tensor(name)
+            return whole.to(dtype or whole.dtype)
+        local: Tensor | None = None
+        offsets = [_offsets(one) for one in ranges]
+        for block in product(*(range(len(one)) for one in ranges)):
+            part = source[tuple(slice(*ranges[d][index]) for d, index in enumerate(block))]
+            if local is None:
+                local = part.new_empty(layout.local_shape(rank), dtype=dtype or part.dtype)
+            target = local
+            for d, index in enumerate(block):
+                target = target.narrow(d, offsets[d][index], part.shape[d])
+            target.copy_(part)
+        if local is None:  # this rank holds nothing of it
+            local = torch.empty(layout.local_shape(rank), dtype=dtype or source[:0].dtype)
+        return local
+
+    def _slice(self, name: str) -> Any:
+        return self._open(self._folder / self._mapping[name]).get_slice(name)
+
+
+def _offsets(ranges: list[tuple[int, int]]) -> list[int]:
+    """Where each range begins within the concatenation of all."""
+    offsets, position = [], 0
+    for low, high in ranges:
+        offsets.append(position)
+        position += high - low
+    return offsets
