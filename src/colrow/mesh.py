@@ -12,9 +12,12 @@ from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from colrow.collectives.communicator import communicator
-from colrow.collectives.failure import report_uncaught_exceptions
+from colrow.collectives.failure import diagnose, register_member, report_uncaught_exceptions
+from colrow.collectives.join import join_job
+from colrow.collectives.statistics import Call
 
 DEFAULT_TIMEOUT_SECONDS = 300.0
+LONGEST_TIMEOUT_SECONDS = 1e9
 
 
 def init_mesh(
@@ -34,16 +37,19 @@ def init_mesh(
         dp: number of replicas of the model.
         device: ``"cpu"`` or ``"cuda"``; default: cuda if every local rank can have a GPU of its own.
         timeout: seconds after which a collective that some rank does not reach raises
-            :class:`colrow.RankFailure` on the others.
+            :class:`colrow.RankFailure` on the others; also for this call itself.
 
     Raises:
         ValueError: if a size is less than 1, or dp x tp is not the number of ranks of the job.
+        RankFailure: if another rank does not join.
     """
     for name, size in (("tp", tp), ("dp", dp)):
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise ValueError(f"{name} must be a whole number of ranks, at least 1, not {size!r}")
-    if timeout <= 0:
-        raise ValueError(f"timeout must be positive seconds, not {timeout}")
+    if not isinstance(timeout, int | float) or not 0 < timeout <= LONGEST_TIMEOUT_SECONDS:
+        raise ValueError(
+            f"timeout must be positive seconds, at most {LONGEST_TIMEOUT_SECONDS:g}, not {timeout!r}"
+        )
     if device is None:
         local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         device = "cuda" if torch.cuda.is_available() and torch.cuda.device_count() >= local_ranks else "cpu"
@@ -56,15 +62,19 @@ def init_mesh(
     if not dist.is_initialized():
         backend = "nccl" if device == "cuda" else "gloo"
         if "RANK" in os.environ:
-            dist.init_process_group(backend, timeout=limit)
+            join_job(backend, limit)
         else:
             dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=limit)
-    mesh = init_device_mesh(device, (dp, tp), mesh_dim_names=("dp", "tp"))
+    register_member()
+    report_uncaught_exceptions()
+    try:
+        mesh = init_device_mesh(device, (dp, tp), mesh_dim_names=("dp", "tp"))
+    except RuntimeError as error:
+        raise diagnose(error, Call("init_mesh", "", "forward", 0), range(dist.get_world_size())) from error
     for name in ("dp", "tp"):
         group = mesh.get_group(name)
         dist.distributed_c10d._set_pg_timeout(limit, group)
         communicator(group)
-    report_uncaught_exceptions()
     return mesh
 
 

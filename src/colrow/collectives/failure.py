@@ -1,58 +1,111 @@
 """Finding out which rank is at fault when a collective does not complete.
 
-The transport only says that a connection closed or that time ran out. Each rank therefore leaves a note in
-the job's key-value store when it fails, and reads the notes of the others: who left none has died (its
-process is gone) or has never reached the collective.
+The transport only says that a connection closed or that time ran out, and the rank at its other end may be
+as innocent as this one: it left because of a third. So each rank asks who waits in what, and follows that
+from rank to rank until it comes to one that raised, died, or waits for nobody.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
-import os
-import socket
 import sys
+import threading
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
+from typing import TypeVar
+from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
-from torch._C._distributed_c10d import Store
-from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
+from torch.distributed.distributed_c10d import PrefixStore, _get_default_group, _get_default_store
 
+from colrow.collectives.notices import (
+    Evidence,
+    NoticeBoard,
+    Verdict,
+    Watch,
+    is_store_with_launcher,
+    wait_until_heard,
+)
+from colrow.collectives.position import Position, current_position, describe_collective, place_of
 from colrow.collectives.statistics import Call
 from colrow.errors import RankFailure
 
 GRACE_SECONDS = 3.0
-"""How long a failing rank waits for the others' notes before it names those who left none."""
+"""How long a failing rank waits for the others' answers before it names those who gave none."""
+STORE_SECONDS = 2.0
+"""How much longer it waits for the key-value store itself."""
+LATE_SECONDS = 1.0
+"""A rank that reaches a collective so much later than another is named as late if time ran out."""
 
+T = TypeVar("T")
 
-@dataclass(frozen=True)
-class Note:
-    """What a failing rank leaves for the others: the collective it was in, or what it raised."""
-
-    waiting_in: str = ""
-    raised: str = ""
-
-
-def _store() -> Store:
-    return PrefixStore("colrow", _get_default_store())
+# one per process group that this process has joined: the thread that answers the other ranks
+_watches: WeakKeyDictionary[dist.ProcessGroup, Watch] = WeakKeyDictionary()
 
 
 def register_member() -> None:
-    """Tell the other ranks which process this is, so that they can see whether it still lives."""
-    member = {"host": socket.gethostname(), "pid": os.getpid()}
-    _store().set(f"member/{dist.get_rank()}", json.dumps(member))
+    """Tell the other ranks which process this is, and answer them when one of them fails."""
+    group = _get_default_group()
+    if group in _watches or dist.get_world_size() == 1:
+        return
+    for stale in list(_watches.values()):
+        stale.stop()
+    # a connection of its own, which this rank's other business with the store never blocks
+    store = PrefixStore("colrow", _get_default_store()).clone()  # type: ignore[attr-defined]
+    board = NoticeBoard(store, dist.get_rank(), dist.get_world_size())
+    board.register()
+    _watches[group] = Watch(board, group)
 
 
-def leave_note(note: Note) -> None:
-    """Leave the reason of this rank's failure for the others. The first note stands."""
-    key = f"note/{dist.get_rank()}"
-    store = _store()
-    if not store.check([key]):
-        store.set(key, json.dumps(note.__dict__))
+def diagnose(error: BaseException, call: Call, ranks: Sequence[int]) -> RankFailure:
+    """The :class:`RankFailure` for a collective ``call`` among global ``ranks`` that ended in ``error``.
+
+    Takes at most :data:`GRACE_SECONDS` + :data:`STORE_SECONDS`, twice that where rank 0 hosts the store.
+    """
+    where = describe_collective(call.operation, call.label)
+    transport = _first_sentence(error)
+    if not dist.is_initialized():
+        message = f"{where} did not complete: the process group was destroyed meanwhile ({transport})"
+        return RankFailure(message, (), call.label)
+    myself = dist.get_rank()
+    watch = _watches.get(_get_default_group())
+    mine = Position(where, tuple(ranks), time.time())
+    try:
+        if watch is None:
+            raise RuntimeError("this rank never registered")
+        board = watch.board
+        verdict = _within(GRACE_SECONDS + STORE_SECONDS, lambda: _investigate(board, mine))
+        with contextlib.suppress(RuntimeError):
+            _within(GRACE_SECONDS + STORE_SECONDS, lambda: _pronounce(board, verdict))
+    except RuntimeError as gone:
+        verdict = (watch and watch.heard) or _store_is_gone(gone)
+    message = f"{where} did not complete on rank {myself}: {verdict.fault} (transport: {transport})"
+    return RankFailure(message, verdict.ranks, call.label)
+
+
+def report_exception(error: BaseException) -> BaseException:
+    """Tell the other ranks that ``error`` is about to end this one; the error to show to the user.
+
+    That is ``error`` itself, or a :class:`RankFailure` that names the rank at fault where a collective of
+    torch's own (a barrier, a gradient reduction of DDP) only says that a connection closed.
+    """
+    if not dist.is_initialized() or isinstance(error, RankFailure):
+        return error
+    watch = _watches.get(_get_default_group())
+    if watch is None:
+        return error
+    if _is_of_transport(error):
+        failure = diagnose(error, Call(place_of(error), "", "", 0), range(watch.board.size))
+        failure.__cause__ = error
+        return failure.with_traceback(error.__traceback__)
+    what = f"{type(error).__name__}: {error}".removesuffix(": ")
+    # the store may be gone; the original error matters more
+    with contextlib.suppress(RuntimeError):
+        board = watch.board
+        _within(STORE_SECONDS, lambda: board.leave_raised(what))
+        _within(STORE_SECONDS, board.raise_alarm)
+    return error
 
 
 def report_uncaught_exceptions() -> None:
@@ -65,88 +118,157 @@ def report_uncaught_exceptions() -> None:
         return
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        if dist.is_initialized() and not isinstance(error, RankFailure):
-            # the store may be gone; the original error matters more
-            with contextlib.suppress(Exception):
-                leave_note(Note(raised=f"{kind.__name__}: {error}"))
-        previous(kind, error, trace)
+        shown = report_exception(error)
+        previous(type(shown), shown, trace)
+        if shown is error and dist.is_initialized() and (watch := _watches.get(_get_default_group())):
+            with contextlib.suppress(RuntimeError):
+                wait_until_heard(watch.board, watch.board.last_alarm(), GRACE_SECONDS)
 
     hook._colrow = True  # type: ignore[attr-defined]
     sys.excepthook = hook
 
 
-def _has_died(member: dict[str, object]) -> bool:
-    """Whether a process of this host has ended (a zombie has, too)."""
-    if member["host"] != socket.gethostname():
-        return False
-    status = Path(f"/proc/{member['pid']}/stat")
-    try:
-        return status.read_text().rpartition(")")[2].split()[0] in "ZX"
-    except (FileNotFoundError, ProcessLookupError):
-        return Path("/proc/self").exists()
-    except OSError:
-        return False
+def find_fault(myself: int, mine: Position, others: Mapping[int, tuple[Position, Evidence]]) -> Verdict:
+    """Who is at fault for a collective that did not complete.
 
-
-def _read_notes(store: Store, ranks: Sequence[int]) -> dict[int, Note]:
-    found = {}
-    for rank in ranks:
-        if store.check([f"note/{rank}"]):
-            found[rank] = Note(**json.loads(store.get(f"note/{rank}")))
-    return found
-
-
-def _members(store: Store, ranks: Sequence[int]) -> dict[int, dict[str, object]]:
-    return {
-        rank: json.loads(store.get(f"member/{rank}")) for rank in ranks if store.check([f"member/{rank}"])
-    }
-
-
-def _names(ranks: Sequence[int]) -> str:
-    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))
-
-
-def diagnose(error: BaseException, call: Call, ranks: Sequence[int]) -> RankFailure:
-    """The :class:`RankFailure` for a collective ``call`` among global ``ranks`` that ended in ``error``.
-
-    Waits at most :data:`GRACE_SECONDS` for the other ranks' notes.
+    Args:
+        myself: this rank.
+        mine: the collective that this rank was in.
+        others: every rank that somebody waits for: the collective in which it is missed, and what is
+            known about it.
     """
-    where = f"{call.operation} {call.label!r}"
-    myself = dist.get_rank()
-    others = [rank for rank in ranks if rank != myself]
-    cause = str(error).splitlines()[0] if str(error) else type(error).__name__
-    try:
-        store = _store()
-        leave_note(Note(waiting_in=where))
-        members = _members(store, others)
-        deadline = time.monotonic() + GRACE_SECONDS
-        while True:
-            notes = _read_notes(store, others)
-            silent = [rank for rank in others if rank not in notes]
-            died = [rank for rank in silent if rank in members and _has_died(members[rank])]
-            raised = [rank for rank in notes if notes[rank].raised]
-            if raised or len(died) == len(silent) or time.monotonic() > deadline:
-                break
-            time.sleep(0.05)
-    except Exception as gone:
-        return RankFailure(
-            f"{where} did not complete on rank {myself} and the job's key-value store is gone "
-            f"({type(gone).__name__}): the process that hosts it, rank 0 or the launcher, has died "
-            f"(transport: {cause})",
-            (),
-            call.label,
-        )
+    known = {rank: evidence for rank, (_, evidence) in others.items()}
+    raised = [rank for rank in known if known[rank].raised]
     if raised:
-        who, fault = raised, "; ".join(f"rank {rank} raised {notes[rank].raised}" for rank in raised)
-    elif died:
-        pids = ", ".join(str(members[rank]["pid"]) for rank in died)
-        who, fault = died, f"{_names(died)} died (process {pids})"
-    elif silent:
-        who, fault = silent, f"{_names(silent)} did not reach it in time (still computing, stuck or cut off)"
-    else:
-        who = []
-        fault = "the ranks are in different collectives: " + "; ".join(
-            [f"rank {myself} in {where}"] + [f"rank {rank} in {notes[rank].waiting_in}" for rank in others]
+        return _name(raised, lambda rank: f"rank {rank} raised {known[rank].raised}")
+    died = [rank for rank in known if known[rank].died and not known[rank].left]
+    if died:
+        return _name(died, lambda rank: f"rank {rank} died ({known[rank].process})")
+    missing = [rank for rank in known if not _waits(known[rank])]
+    if missing:
+        return _name(missing, lambda rank: _describe_missing(rank, mine, *others[rank]))
+    positions = {myself: mine} | {rank: evidence.position or mine for rank, evidence in known.items()}
+    if len({(position.collective, position.group) for position in positions.values()}) > 1:
+        at_odds = [rank for rank in positions if _contradicts(positions[rank], positions.values())]
+        waits = (f"rank {rank} in {positions[rank].collective}" for rank in sorted(at_odds or positions))
+        return Verdict((), f"the ranks are in different collectives: {'; '.join(waits)}")
+    first = min(position.since for position in positions.values())
+    late = [rank for rank in positions if positions[rank].since > first + LATE_SECONDS]
+    if late:
+        return _name(
+            late, lambda rank: f"rank {rank} came {positions[rank].since - first:.1f} s after the first"
         )
-    message = f"{where} did not complete on rank {myself}: {fault} (transport: {cause})"
-    return RankFailure(message, tuple(who), call.label)
+    return Verdict((), "all its ranks are in it, but their tensors differ in size or the network is cut")
+
+
+def _contradicts(position: Position, others: Iterable[Position]) -> bool:
+    """Whether somebody of the same group is in another collective of that group."""
+    return any(other.group == position.group and other.collective != position.collective for other in others)
+
+
+def _investigate(board: NoticeBoard, mine: Position) -> Verdict:
+    """Ask who waits for whom until all ranks that matter are accounted for, at most GRACE_SECONDS."""
+    now = current_position()
+    if now.collective == mine.collective:
+        mine = now  # knows since when
+    board.leave_failed(mine)
+    alarm = board.raise_alarm()
+    deadline = time.monotonic() + GRACE_SECONDS
+    while True:
+        others = _follow(board, mine, alarm)
+        raised = board.verdict("raised first")
+        pending = [rank for rank, (_, evidence) in others.items() if not evidence.is_conclusive]
+        if raised or not pending or time.monotonic() > deadline:
+            break
+        time.sleep(0.05)
+    return raised or find_fault(board.rank, mine, others)
+
+
+def _pronounce(board: NoticeBoard, verdict: Verdict) -> None:
+    """Leave the verdict for ranks that notice only when the store has gone with this rank."""
+    board.leave_verdict(verdict)
+    wait_until_heard(board, board.raise_alarm(), GRACE_SECONDS)
+
+
+def _follow(board: NoticeBoard, mine: Position, alarm: int) -> dict[int, tuple[Position, Evidence]]:
+    """Every rank that this one waits for, that those wait for, and so on."""
+    others: dict[int, tuple[Position, Evidence]] = {}
+    frontier = [mine]
+    while frontier:
+        waiting = frontier.pop(0)
+        for rank in waiting.group:
+            if rank != board.rank and rank not in others:
+                evidence = board.evidence(rank, alarm)
+                others[rank] = waiting, evidence
+                if evidence.position is not None and _waits(evidence):
+                    frontier.append(evidence.position)
+    return others
+
+
+def _waits(evidence: Evidence) -> bool:
+    return evidence.position is not None and bool(evidence.position.collective)
+
+
+def _name(ranks: Sequence[int], describe: Callable[[int], str]) -> Verdict:
+    return Verdict(tuple(sorted(ranks)), "; ".join(describe(rank) for rank in sorted(ranks)))
+
+
+def _describe_missing(rank: int, mine: Position, waiting: Position, evidence: Evidence) -> str:
+    what = "it" if waiting.collective == mine.collective else waiting.collective
+    if evidence.left:
+        return f"rank {rank} did not reach {what}: it has left the job"
+    if evidence.position is not None:
+        return f"rank {rank} did not reach {what} in time: it is at {evidence.position.place}"
+    state = "stopped, stuck outside Python or cut off"
+    return f"rank {rank} did not reach {what} in time and does not answer ({evidence.process}): it is {state}"
+
+
+def _store_is_gone(error: BaseException) -> Verdict:
+    host = "the launcher, which hosts it," if is_store_with_launcher() else "rank 0, which hosts it,"
+    fault = (
+        f"the job's key-value store is gone ({type(error).__name__}): {host} has died or cannot be reached"
+    )
+    return Verdict(() if is_store_with_launcher() else (0,), fault)
+
+
+def _is_of_transport(error: BaseException) -> bool:
+    """Whether torch raised this because another rank closed its connection or did not come."""
+    if isinstance(error, dist.DistError):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and (
+        "gloo/transport" in text or "Connection closed by peer" in text
+    )
+
+
+def _first_sentence(error: BaseException) -> str:
+    """What the transport says, without the place in its source and its advice."""
+    line = (str(error).splitlines() or [""])[0]
+    if line.startswith("["):
+        line = line.partition("] ")[2]
+    return line.split(". ")[0] or type(error).__name__
+
+
+def _within(seconds: float, function: Callable[[], T]) -> T:
+    """The result of ``function``, which may block in the store for longer than that.
+
+    Raises:
+        RuntimeError: if it takes longer, or whatever it raises itself.
+    """
+    results: list[T] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(function())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name="colrow-diagnose", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if errors:
+        raise errors[0]
+    if not results:
+        raise RuntimeError("the store does not answer")
+    return results[0]
