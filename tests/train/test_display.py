@@ -46,12 +46,11 @@ def test_plain_lines_while_the_length_is_unknown() -> None:
 
 def test_live_display_shows_the_numbers() -> None:
     file = io.StringIO()
-    display = LiveDisplay(Console(file=file, force_terminal=True, width=100))
-    for step in range(1, 4):
-        display.step(_record(step), [2_000_000, 3_000_000], 10)
-    display.validation(ValidationRecord(3, 4.0, 54.6))
-    display.step(_record(4), [2_000_000, 3_000_000], 10)
-    display.close()
+    with LiveDisplay(Console(file=file, force_terminal=True, width=100)) as display:
+        for step in range(1, 4):
+            display.step(_record(step), [2_000_000, 3_000_000], 10)
+        display.validation(ValidationRecord(3, 4.0, 54.6))
+        display.step(_record(4), [2_000_000, 3_000_000], 10)
     shown = file.getvalue()
     for part in (
         "4/10",

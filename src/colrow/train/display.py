@@ -18,7 +18,11 @@ _RECENT = 50
 
 
 class Display(Protocol):
-    """What the loop tells the user."""
+    """What the loop tells the user. A context manager: leaving it restores the terminal."""
+
+    def __enter__(self) -> Display: ...
+
+    def __exit__(self, *error: object) -> None: ...
 
     def step(self, record: StepRecord, memory: Sequence[int], steps: int | None) -> None:
         """After a step. ``memory``: peak bytes of every rank; ``steps``: of the training, once known."""
@@ -29,12 +33,15 @@ class Display(Protocol):
     def say(self, message: str) -> None:
         """Anything else worth a line."""
 
-    def close(self) -> None:
-        """The training has ended, or failed."""
-
 
 class Silent:
     """For all ranks but the first."""
+
+    def __enter__(self) -> Silent:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
 
     def step(self, record: StepRecord, memory: Sequence[int], steps: int | None) -> None:
         pass
@@ -43,9 +50,6 @@ class Silent:
         pass
 
     def say(self, message: str) -> None:
-        pass
-
-    def close(self) -> None:
         pass
 
 
@@ -75,6 +79,12 @@ class PlainDisplay:
         self._clock = Clock()
         self._shown = 0
 
+    def __enter__(self) -> PlainDisplay:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
     def step(self, record: StepRecord, memory: Sequence[int], steps: int | None) -> None:
         self._clock.tick()
         every = max(1, (steps or 200) // 20)
@@ -95,9 +105,6 @@ class PlainDisplay:
     def say(self, message: str) -> None:
         self._console.print(message, markup=False, highlight=False, soft_wrap=True)
 
-    def close(self) -> None:
-        pass
-
 
 class LiveDisplay:
     """A progress bar and the current numbers, redrawn in place; messages scroll by above."""
@@ -116,7 +123,13 @@ class LiveDisplay:
         )
         self._task = self._progress.add_task("training", total=None, left="")
         self._live = Live(self._progress, console=console, refresh_per_second=4)
+
+    def __enter__(self) -> LiveDisplay:
         self._live.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._live.stop()
 
     def step(self, record: StepRecord, memory: Sequence[int], steps: int | None) -> None:
         self._clock.tick()
@@ -144,9 +157,6 @@ class LiveDisplay:
 
     def say(self, message: str) -> None:
         self._live.console.print(message, markup=False, highlight=False, soft_wrap=True)
-
-    def close(self) -> None:
-        self._live.stop()
 
 
 def make_display(is_first: bool) -> Display:

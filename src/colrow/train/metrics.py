@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
 
 from colrow.train.folder import RunFolder, write_atomically
 
@@ -51,6 +50,10 @@ def peak_memory_bytes(device_type: str) -> int:
     """The most memory this process has held: resident memory, or on a GPU what tensors took there."""
     if device_type == "cuda":
         return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage would count what the process that started this one held, too
+        line = next(one for one in status.read_text().splitlines() if one.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # kilobytes, except on macOS
 
@@ -71,6 +74,8 @@ class MetricsWriter:
             write_atomically(path, "".join(json.dumps(one) + "\n" for one in kept))
             self._files[kind] = path.open("a", encoding="utf-8")
             self._histories[kind] = kept
+        from torch.utils.tensorboard import SummaryWriter  # only the first rank need wait for it
+
         purge = resumed_step + 1 if resumed_step else None
         self._events = SummaryWriter(str(folder.tensorboard), purge_step=purge)
 

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBa
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES  # type: ignore[attr-defined]
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from colrow.plan import HandPlan, hand_plan
 from colrow.train.configuration import ModelConfiguration, Precision
 
 DTYPES: dict[Precision, torch.dtype] = {
@@ -86,14 +87,15 @@ def new_model(configuration: Any, dtype: torch.dtype) -> Any:
         raise ValueError(f"no model can be built from this {name}: {_one_line(error)}") from error
 
 
-def check_on_meta(configuration: Any, checkpoint_activations: bool) -> int:
-    """Build the model without memory, to see that it can be built.
+def check_on_meta(configuration: Any, tp: int, checkpoint_activations: bool) -> int:
+    """Build and plan the model without memory, to see that it can be built and cut.
 
     Returns:
         Its number of parameters.
 
     Raises:
         ValueError: if it cannot, or it cannot recompute activations though it is meant to.
+        PlanError: if there is no plan to cut it.
     """
     with torch.device("meta"):
         model = new_model(configuration, torch.float32)
@@ -101,7 +103,13 @@ def check_on_meta(configuration: Any, checkpoint_activations: bool) -> int:
         raise ValueError(
             f"{type(model).__name__} cannot recompute its layers: set checkpoint_activations: false"
         )
+    plan_of(model).resolve(model, tp)
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def plan_of(model: Any) -> HandPlan:
+    """How a model is cut."""
+    return hand_plan(model)
 
 
 @contextmanager

@@ -61,7 +61,7 @@ def prepare(configuration: TrainConfiguration) -> list[str]:
         data, tokenizer = _tokens(folder, stage, configuration)
         model = transformers_configuration(configuration.model, tokenizer)
         _check_lengths(model, tokenizer, configuration)
-        parameters = check_on_meta(model, configuration.checkpoint_activations)
+        parameters = check_on_meta(model, configuration.tp, configuration.checkpoint_activations)
         fresh = stage.data.exists()
         training, validation = open_sequences(stage if fresh else folder, configuration.data, data.vocab_size)
         if configuration.overwrite:  # only now that nothing can go wrong any more
@@ -106,6 +106,12 @@ def _check_lengths(model: Any, tokenizer: PreTrainedTokenizerBase, configuration
     if configuration.sample.prompt:
         prompt = tokenizer(configuration.sample.prompt, add_special_tokens=False)["input_ids"]
         check_length(model, len(prompt) + configuration.sample.tokens, "sample, its prompt and tokens,")
+
+
+def record_steps(configuration: TrainConfiguration, steps: int | None) -> None:
+    """A budget in minutes has become a number of steps: the run's configuration says so from now on."""
+    fixed = dataclasses.replace(configuration, steps=steps, minutes=None, resume=False, overwrite=False)
+    write_atomically(RunFolder(configuration.run_folder).configuration, to_yaml(fixed))
 
 
 def read_prepared(folder: RunFolder) -> PreparedData | None:

@@ -1,0 +1,57 @@
+"""A run's cut model and optimizer: new, from a folder to fine-tune, or from a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+
+import colrow
+from colrow.checkpoint import load_optimizer, load_pretrained
+from colrow.train.configuration import TrainConfiguration
+from colrow.train.folder import RunFolder
+from colrow.train.model import DTYPES, new_model, plan_of, transformers_configuration
+from colrow.train.optimizer import build_optimizer
+from colrow.train.tokenizer import load_tokenizer
+
+
+def device_of(mesh: DeviceMesh) -> torch.device:
+    """This rank's device."""
+    if mesh.device_type == "cuda":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def build(
+    configuration: TrainConfiguration, folder: RunFolder, mesh: DeviceMesh, checkpoint: Path | None
+) -> tuple[Any, torch.optim.Optimizer]:
+    """The model, cut over the mesh and in training mode, and its optimizer.
+
+    Args:
+        configuration: what to build.
+        folder: of the run, with its tokenizer.
+        mesh: the ranks.
+        checkpoint: resume from this one.
+    """
+    dtype = DTYPES[configuration.precision]
+    source = checkpoint / "model" if checkpoint is not None else configuration.model.path
+    colrow.manual_seed(configuration.seed, mesh)
+    model: Any
+    if source is None:
+        description = transformers_configuration(configuration.model, load_tokenizer(folder.tokenizer))
+        model = new_model(description, dtype)
+        model = colrow.parallelize(model, mesh, plan_of(model))
+    else:
+        # the attention's implementation is no part of a saved configuration
+        chosen = {k: v for k, v in configuration.model.fields.items() if k == "attn_implementation"}
+        model = load_pretrained(source, mesh, dtype=dtype, **chosen)
+    model.to(device_of(mesh))
+    if configuration.checkpoint_activations:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    optimizer = build_optimizer(model, configuration.optimizer)
+    if checkpoint is not None:
+        load_optimizer(model, optimizer, checkpoint / "optimizer")
+    return model, optimizer

@@ -1,0 +1,96 @@
+"""The state of a run on one rank: model, optimizer, data, and how many steps are done."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from colrow.checkpoint import save_optimizer, save_pretrained
+from colrow.collectives import communicator
+from colrow.train.budget import Budget
+from colrow.train.build import build, device_of
+from colrow.train.configuration import TrainConfiguration
+from colrow.train.data import DataOrder
+from colrow.train.folder import Checkpoints, RunFolder, read_state
+from colrow.train.prepare import open_sequences, read_prepared
+
+
+class Run:
+    """New, or as the latest checkpoint left it. Every rank makes one.
+
+    Args:
+        configuration: of the run, whose folder has been prepared.
+        mesh: the ranks.
+
+    Attributes:
+        done: number of steps done.
+        budget: number of steps of the training.
+        checkpoint: what it was resumed from, if it was.
+    """
+
+    def __init__(self, configuration: TrainConfiguration, mesh: DeviceMesh) -> None:
+        self.configuration, self.mesh = configuration, mesh
+        self.folder = RunFolder(configuration.run_folder)
+        self.ranks = communicator(mesh)
+        self.is_first = self.ranks.rank == 0
+        self.device = device_of(mesh)
+        self._checkpoints = Checkpoints(
+            self.folder.checkpoints,
+            configuration.keep_checkpoints,
+            self.is_first,
+            lambda: self.ranks.barrier(label="checkpoint"),
+        )
+        self.checkpoint = self._checkpoints.latest() if configuration.resume else None
+        state = read_state(self.checkpoint) if self.checkpoint else {}
+        self.done: int = state.get("step", 0)
+        self._saved = self.done
+        self.model, self.optimizer = build(configuration, self.folder, mesh, self.checkpoint)
+        data = read_prepared(self.folder)
+        assert data is not None, "the run's folder has not been prepared"
+        self.training, self.validation = open_sequences(self.folder, configuration.data, data.vocab_size)
+        self._order = DataOrder(len(self.training), configuration.batch_size, configuration.seed)
+        steps = configuration.steps if configuration.steps is not None else state.get("steps")
+        self.budget = Budget(steps, configuration.minutes, self._evaluation_share())
+
+    def batch(self) -> Tensor:
+        """The token ids of the next step: [batch_size, sequence_length], the same on every rank."""
+        return self.training.take(self._order.indices(self.done)).to(self.device)
+
+    def validation_batches(self) -> Iterator[Tensor]:
+        """The validation sequences, as many at a time as in training."""
+        if self.validation is None:
+            return
+        count, size = self._evaluation_sequences(), self.configuration.micro_batch
+        for first in range(0, count, size):
+            yield self.validation.take(range(first, min(first + size, count)))
+
+    def _evaluation_sequences(self) -> int:
+        if self.validation is None:
+            return 0
+        return min(len(self.validation), self.configuration.evaluate_sequences or len(self.validation))
+
+    def _evaluation_share(self) -> float:
+        """Cost of validating, per step and in steps: only the forward, a third of the work."""
+        sequences = self._evaluation_sequences()
+        return sequences / self.configuration.batch_size / 3 / self.configuration.evaluate_every
+
+    def save(self) -> None:
+        """Write a checkpoint, unless there is one of this step."""
+        if self._saved == self.done:
+            return
+
+        def write(folder: Path) -> None:
+            save_pretrained(self.model, folder / "model")
+            save_optimizer(self.model, self.optimizer, folder / "optimizer")
+
+        self._checkpoints.save(self.done, write, {"step": self.done, "steps": self.budget.steps})
+        self._saved = self.done
+
+    def gather(self, number: int) -> list[int]:
+        """One number of every rank, in rank order, on all of them."""
+        token = torch.tensor([number], device=self.device)
+        return self.ranks.all_gather(token, 0, label="numbers to show").tolist()
