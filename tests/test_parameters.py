@@ -1,0 +1,72 @@
+"""Norms and clipping against torch's own on the whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+import colrow
+from colrow.plan import AxisSpec, HandPlan, column, row
+from colrow.state import placed_parameters
+from tests.pool import Pool, worker_mesh
+
+PLAN = HandPlan(axes={"hidden": AxisSpec()}, styles={"0": column("hidden"), "2": row("hidden")})
+
+
+def _models(size: int, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
+    torch.manual_seed(0)
+    whole = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 4)).to(dtype)
+    torch.manual_seed(0)
+    cut = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 4)).to(dtype)
+    colrow.parallelize(cut, worker_mesh(size), PLAN)
+    x = torch.randn(5, 4).to(dtype)
+    for model in (whole, cut):
+        (model(x) ** 2).sum().backward()
+    return whole, cut
+
+
+def _norms(size: int) -> None:
+    for norm_type in (2.0, 1.0, 3.0, float("inf")):
+        for largest in (1e-2, 1e6, float("inf")):
+            whole, cut = _models(size, torch.float64)
+            expected = nn.utils.clip_grad_norm_(whole.parameters(), largest, norm_type)
+            colrow.reset_comm_stats()
+            found = colrow.clip_grad_norm_(cut, largest, norm_type)
+            assert colrow.comm_stats().count == (size > 1)
+            torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+            by_name = dict(whole.named_parameters())
+            rank = colrow.state_of(cut).communicator.rank
+            for placed in placed_parameters(cut):
+                assert placed.parameter.grad is not None
+                gradient = by_name[placed.name].grad
+                assert gradient is not None
+                torch.testing.assert_close(
+                    placed.parameter.grad, placed.layout.slice(gradient, rank), rtol=1e-12, atol=1e-15
+                )
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_norms_and_clipping(ranks: Callable[[int], Pool], size: int) -> None:
+    """With 3 hidden features over 4 ranks, one rank holds none."""
+    ranks(size).run(_norms, size)
+
+
+def _special() -> None:
+    _, cut = _models(2, torch.bfloat16)
+    assert colrow.global_grad_norm(cut).dtype == torch.float64
+    parameters = list(cut.parameters())
+    if colrow.state_of(cut).communicator.rank == 1:
+        parameters[0].grad[0, 0] = torch.nan  # type: ignore[index]
+    with pytest.raises(RuntimeError, match="norm is nan"):
+        colrow.clip_grad_norm_(cut, 1.0, error_if_nonfinite=True)
+    for parameter in parameters:
+        parameter.grad = None
+    assert colrow.clip_grad_norm_(cut, 1.0).item() == 0.0
+
+
+def test_half_precision_nan_and_no_gradients(ranks: Callable[[int], Pool]) -> None:
+    """Not a number on one rank is so on all: no rank goes on alone."""
+    ranks(2).run(_special)
