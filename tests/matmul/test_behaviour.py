@@ -174,10 +174,23 @@ def _grids() -> None:
     wide = Grid(mesh, (1, 4))
     assert wide.row_ranks is wide.ranks
     assert wide.column_ranks.size == 1
-    # a failing rank must not make the others wait for torch's default of half an hour
-    group = grid.row_ranks.group
-    assert group._get_backend(torch.device("cpu")).options._timeout.total_seconds() == 60.0
 
 
 def test_grids_are_made_once(ranks: Callable[[int], Pool]) -> None:
     ranks(4).run(_grids)
+
+
+def _subgroup_timeout() -> tuple[float, float]:
+    ranks = communicator(worker_mesh(4))
+    pair = ranks.subgroup(sorted((ranks.rank, 3 - ranks.rank)))  # not made by any other test
+    assert pair.global_ranks == tuple(sorted((ranks.rank, 3 - ranks.rank)))
+    seconds = [
+        one.group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for one in (ranks, pair)
+    ]
+    return seconds[0], seconds[1]
+
+
+def test_subgroups_time_out_like_their_group(ranks: Callable[[int], Pool]) -> None:
+    """Not after torch's default of half an hour."""
+    for of_group, of_subgroup in ranks(4).run(_subgroup_timeout):
+        assert of_group == of_subgroup < 1800
