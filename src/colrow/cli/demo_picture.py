@@ -141,6 +141,7 @@ def _pair(reports: Sequence[Report]) -> RenderableType:
         "number alone, so it can be applied in between.) This pair of cuts, column then row, is what tensor "
         "parallelism does in every layer of a transformer.",
         _work(shares, ("columns of A x B", "rows of D", "computes a term of A x B x D")),
+        "Exchange: one all-reduce, after both products:",
         _sum_of_terms(shares),
         _moved(shares),
     )
