@@ -3,7 +3,6 @@
 from colrow.collectives.communicator import (
     Communicator,
     Group,
-    Pending,
     comm_stats,
     communicator,
     reset_comm_stats,
@@ -21,6 +20,7 @@ from colrow.collectives.functions import (
     reduce_scatter_async,
     slice_local,
 )
+from colrow.collectives.pending import Pending
 from colrow.collectives.statistics import Call, CommStats, Tally
 from colrow.collectives.typed import (
     AllGather,

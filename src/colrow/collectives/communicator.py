@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -18,6 +17,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from colrow.collectives.failure import diagnose, register_member
+from colrow.collectives.pending import Pending
 from colrow.collectives.statistics import Call, CommStats, current_phase
 
 Group: TypeAlias = "Communicator | dist.ProcessGroup | DeviceMesh"
@@ -27,50 +27,6 @@ _REDUCTIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.R
 # torch 2.13 renamed these two and warns about the old names
 _gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _scatter_reduced = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-
-
-class Pending:
-    """A collective under way. :meth:`wait` completes it and gives its result, once or repeatedly."""
-
-    def __init__(
-        self,
-        communicator: Communicator,
-        call: Call,
-        work: dist.Work | None,
-        finish: Callable[[], Tensor],
-    ) -> None:
-        self._communicator = communicator
-        self._call = call
-        self._work = work
-        self._finish: Callable[[], Tensor] | None = finish
-        self._result: Tensor | None = None
-
-    @classmethod
-    def completed(cls, result: Tensor) -> Pending:
-        """A collective that had nothing to move."""
-        pending = cls.__new__(cls)
-        pending._finish = None
-        pending._result = result
-        return pending
-
-    def wait(self) -> Tensor:
-        """The result.
-
-        Raises:
-            RankFailure: if another rank died, raised or did not come within the group's timeout.
-        """
-        if self._finish is not None:
-            if self._work is not None:
-                begin = time.perf_counter()
-                try:
-                    self._work.wait()
-                except RuntimeError as error:
-                    raise diagnose(error, self._call, self._communicator.global_ranks) from error
-                self._communicator.statistics.add_seconds(self._call, time.perf_counter() - begin)
-            self._result = self._finish()
-            self._work = self._finish = None
-        assert self._result is not None
-        return self._result
 
 
 class Communicator:
@@ -117,7 +73,7 @@ class Communicator:
         except RuntimeError as error:
             raise diagnose(error, call, self.global_ranks) from error
         self.statistics.add_seconds(call, time.perf_counter() - begin)
-        return Pending(self, call, work, finish)
+        return Pending(call, self.global_ranks, self.statistics, work, finish)
 
     def _sum_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """gloo adds half-precision numbers in half precision: above two ranks that rounds repeatedly."""
@@ -446,7 +402,7 @@ def _pad(tensor: Tensor, dimension: int, size: int) -> Tensor:
 
 
 # torch keeps one registry of process groups per process; this is the same one with what colrow adds
-_communicators: WeakKeyDictionary[dist.ProcessGroup, Communicator] = WeakKeyDictionary()
+_communicators: dict[dist.ProcessGroup, Communicator] = {}
 
 
 def communicator(group: Group) -> Communicator:
@@ -466,6 +422,8 @@ def communicator(group: Group) -> Communicator:
         raise ValueError(f"rank {dist.get_rank()} is not in the group that it was given")
     found = _communicators.get(group)
     if found is None:
+        for gone in _communicators.keys() - dist.distributed_c10d._world.pg_map.keys():
+            del _communicators[gone]  # its process group was destroyed
         found = _communicators[group] = Communicator(group)
     return found
 

@@ -11,7 +11,7 @@ import contextlib
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TypeVar
 from weakref import WeakKeyDictionary
@@ -90,13 +90,14 @@ def report_exception(error: BaseException) -> BaseException:
     That is ``error`` itself, or a :class:`RankFailure` that names the rank at fault where a collective of
     torch's own (a barrier, a gradient reduction of DDP) only says that a connection closed.
     """
-    if not dist.is_initialized() or isinstance(error, RankFailure):
+    if not dist.is_initialized() or rank_failure_behind(error) is not None:
         return error
     watch = _watches.get(_get_default_group())
     if watch is None:
         return error
-    if _is_of_transport(error):
-        failure = diagnose(error, Call(place_of(error), "", "", 0), range(watch.board.size))
+    transport = next((one for one in _chain(error) if _is_of_transport(one)), None)
+    if transport is not None:
+        failure = diagnose(transport, Call(place_of(transport), "", "", 0), range(watch.board.size))
         failure.__cause__ = error
         return failure.with_traceback(error.__traceback__)
     what = f"{type(error).__name__}: {error}".removesuffix(": ")
@@ -106,6 +107,19 @@ def report_exception(error: BaseException) -> BaseException:
         _within(STORE_SECONDS, lambda: board.leave_raised(what))
         _within(STORE_SECONDS, board.raise_alarm)
     return error
+
+
+def rank_failure_behind(error: BaseException) -> RankFailure | None:
+    """The :class:`RankFailure` that ``error`` is or was raised because of: then this rank is not at fault."""
+    return next((one for one in _chain(error) if isinstance(one, RankFailure)), None)
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """An exception, its cause, the cause of that, and so on."""
+    one: BaseException | None = error
+    while one is not None:
+        yield one
+        one = one.__cause__ or (None if one.__suppress_context__ else one.__context__)
 
 
 def report_uncaught_exceptions() -> None:

@@ -41,7 +41,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from colrow.collectives.communicator import Communicator, Pending
+from colrow.collectives.communicator import Communicator
+from colrow.collectives.pending import Pending
 
 Sizes = tuple[int, ...] | None
 """Extent of a cut dimension on each rank; ``None`` says that all are equal."""

@@ -1,0 +1,58 @@
+"""A plain collective under way."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import torch.distributed as dist
+from torch import Tensor
+
+from colrow.collectives.failure import diagnose
+from colrow.collectives.statistics import Call, CommStats
+
+
+class Pending:
+    """A collective under way. :meth:`wait` completes it and gives its result, once or repeatedly."""
+
+    def __init__(
+        self,
+        call: Call,
+        ranks: Sequence[int],
+        statistics: CommStats,
+        work: dist.Work | None,
+        finish: Callable[[], Tensor],
+    ) -> None:
+        self._call = call
+        self._ranks = ranks
+        self._statistics = statistics
+        self._work = work
+        self._finish: Callable[[], Tensor] | None = finish
+        self._result: Tensor | None = None
+
+    @classmethod
+    def completed(cls, result: Tensor) -> Pending:
+        """A collective that had nothing to move."""
+        pending = cls.__new__(cls)
+        pending._finish = None
+        pending._result = result
+        return pending
+
+    def wait(self) -> Tensor:
+        """The result.
+
+        Raises:
+            RankFailure: if another rank died, raised or did not come within the group's timeout.
+        """
+        if self._finish is not None:
+            if self._work is not None:
+                begin = time.perf_counter()
+                try:
+                    self._work.wait()
+                except RuntimeError as error:
+                    raise diagnose(error, self._call, self._ranks) from error
+                self._statistics.add_seconds(self._call, time.perf_counter() - begin)
+            self._result = self._finish()
+            self._work = self._finish = None
+        assert self._result is not None
+        return self._result
