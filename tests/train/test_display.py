@@ -36,6 +36,17 @@ def test_plain_lines() -> None:
     assert "\x1b" not in file.getvalue()
 
 
+def test_plain_lines_of_slow_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("colrow.train.display.time.monotonic", lambda: now[0])
+    file = io.StringIO()
+    display = PlainDisplay(Console(file=file, width=200))
+    for step in range(1, 8):
+        display.step(_record(step), [1], 1000)
+        now[0] += 6.0
+    assert [line.split()[1] for line in file.getvalue().splitlines()] == ["1/1000", "4/1000", "7/1000"]
+
+
 def test_plain_lines_while_the_length_is_unknown() -> None:
     file = io.StringIO()
     display = PlainDisplay(Console(file=file, width=200))

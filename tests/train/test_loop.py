@@ -12,9 +12,10 @@ from unittest import mock
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from colrow.train.configuration import TrainConfiguration
+from colrow.train.data import DataOrder
 from colrow.train.folder import RunFolder
 from colrow.train.metrics import read_records
 from colrow.train.parse import parse
@@ -99,6 +100,35 @@ def test_losses_agree_at_every_tp(ranks: Ranks, tmp_path: Path) -> None:
             assert ours == pytest.approx(theirs, abs=1e-5)
         for name, weight in _weights(folders[1]).items():
             torch.testing.assert_close(_weights(folders[tp])[name], weight, rtol=0, atol=1e-3)
+
+
+def test_is_plain_pytorch(ranks: Ranks, tmp_path: Path) -> None:
+    """The same run, written down with nothing of colrow but the order of the data."""
+    configuration = small(tmp_path, tp=2, micro_batch_size=3, optimizer={"max_norm": 0.7})
+    folder = _run(ranks, configuration)
+    training, _ = open_sequences(folder, configuration.data, 300)
+    order = DataOrder(len(training), 4, seed=0)
+    torch.manual_seed(0)
+    special = {"vocab_size": 300, "bos_token_id": 0, "eos_token_id": 0}
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**special, **LLAMA), dtype=torch.float64)
+    decayed = [p for n, p in model.named_parameters() if p.dim() > 1 and "embed" not in n]
+    spared = [p for n, p in model.named_parameters() if p.dim() == 1 or "embed" in n]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": spared, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=3e-3, betas=(0.9, 0.95))
+    warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / 4, 1.0, 3)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 12 - 1 - 3, 3e-4)
+    schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [warmup, cosine], [3])
+    for step, record in enumerate(read_records(folder.metrics)):
+        batch = training.take(order.indices(step))
+        loss = model(input_ids=batch, labels=batch).loss
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.7)
+        assert record["lr"] == pytest.approx(schedule.get_last_lr()[0], rel=1e-9)
+        assert record["loss"] == pytest.approx(loss.item(), abs=2e-6)
+        assert record["grad_norm"] == pytest.approx(norm.item(), abs=2e-5)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
 
 
 @pytest.mark.parametrize(

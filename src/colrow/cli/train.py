@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict
 
 from colrow.train.parse import parse
@@ -22,6 +23,7 @@ def run(arguments: list[str]) -> int:
     Raises:
         ValueError: in one line, for a configuration that cannot be used.
         LaunchError: if a rank failed.
+        KeyboardInterrupt: after Ctrl-C, when all ranks have ended.
     """
     configuration = parse(arguments or ["--help"])
     # what follows imports torch and transformers, which a mistake or --help need not wait for
@@ -33,9 +35,16 @@ def run(arguments: list[str]) -> int:
 
         train(asdict(configuration), prepared=False)
         return 0
+    from colrow.train.folder import RunFolder
     from colrow.train.prepare import prepare
 
-    print(*prepare(configuration), sep="\n", flush=True)
+    print(*prepare(configuration), f"starting {configuration.tp} ranks", sep="\n", flush=True)
     arguments_of_train = {"configuration": asdict(configuration), "prepared": True}
-    launch("colrow.train.loop:train", arguments_of_train, configuration.tp)
+    try:
+        launch("colrow.train.loop:train", arguments_of_train, configuration.tp)
+    except KeyboardInterrupt:
+        latest = RunFolder(configuration.run_folder).checkpoints / "latest"
+        if latest.exists():
+            print(f"\ninterrupted: --resume continues from {latest.read_text()}", file=sys.stderr)
+        raise
     return 0

@@ -50,7 +50,7 @@ def plot_losses(
     steps, losses = np.asarray(training[0]), np.asarray(training[1], dtype=float)
     if len(steps):
         axes.plot(steps, losses, color=_TRAINING, alpha=0.3, linewidth=0.8)
-        mean = smooth(losses, max(1.0, len(losses) / 100))
+        mean = smooth(losses, max(1.0, len(losses) / 60))
         axes.plot(
             steps, mean, color=_TRAINING, linewidth=2.0, label=f"training, running mean: {mean[-1]:.3f}"
         )

@@ -113,7 +113,8 @@ class TrainConfiguration:
         micro_batch_size: sequences per forward and backward; fewer take less memory and give the same
             gradient. Default: batch_size.
         precision: fp32; bf16-mixed computes in bfloat16 where autocast deems it safe and keeps fp32
-            parameters; bf16 has bfloat16 parameters too; fp64 is for comparisons.
+            parameters; bf16 has bfloat16 parameters too, which round small updates away; fp64 is for
+            comparisons (transformers computes losses in fp32 even then).
         checkpoint_activations: recompute each layer in the backward pass instead of keeping its activations.
         evaluate_every: steps between validations, of which there is always one at the end.
         evaluate_sequences: use so many validation sequences; null for all.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from rich.table import Table
 from colrow.train.metrics import StepRecord, ValidationRecord
 
 _RECENT = 50
+_SILENCE_SECONDS = 15.0
 
 
 class Display(Protocol):
@@ -72,12 +74,12 @@ class Clock:
 
 
 class PlainDisplay:
-    """A line for about every twentieth of the training, and for the first step."""
+    """A line for the first step, for about every twentieth of the training, and at least every 15 seconds."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
         self._clock = Clock()
-        self._shown = 0
+        self._last = -math.inf
 
     def __enter__(self) -> PlainDisplay:
         return self
@@ -88,9 +90,10 @@ class PlainDisplay:
     def step(self, record: StepRecord, memory: Sequence[int], steps: int | None) -> None:
         self._clock.tick()
         every = max(1, (steps or 200) // 20)
-        if self._shown and record.step % every and record.step != steps:
+        now = time.monotonic()
+        if record.step % every and record.step != steps and now < self._last + _SILENCE_SECONDS:
             return
-        self._shown += 1
+        self._last = now
         total = f"/{steps}" if steps else ""
         left = f"  left {self._clock.left(steps - record.step)}" if steps else ""
         self.say(

@@ -26,6 +26,9 @@ class Run:
         configuration: of the run, whose folder has been prepared.
         mesh: the ranks.
 
+    Raises:
+        ValueError: if this rank does not see the folder.
+
     Attributes:
         done: number of steps done.
         budget: number of steps of the training.
@@ -48,9 +51,13 @@ class Run:
         state = read_state(self.checkpoint) if self.checkpoint else {}
         self.done: int = state.get("step", 0)
         self._saved = self.done
-        self.model, self.optimizer = build(configuration, self.folder, mesh, self.checkpoint)
         data = read_prepared(self.folder)
-        assert data is not None, "the run's folder has not been prepared"
+        if data is None:
+            raise ValueError(
+                f"rank {self.ranks.rank} does not see the data in {self.folder.data}: "
+                "run_dir must be on a file system that all hosts share"
+            )
+        self.model, self.optimizer = build(configuration, self.folder, mesh, self.checkpoint)
         self.training, self.validation = open_sequences(self.folder, configuration.data, data.vocab_size)
         self._order = DataOrder(len(self.training), configuration.batch_size, configuration.seed)
         steps = configuration.steps if configuration.steps is not None else state.get("steps")
