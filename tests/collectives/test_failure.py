@@ -176,6 +176,26 @@ def test_a_late_rank() -> None:
     assert re.search("rank 1 (did not reach it in time|came .* after the first)", ends[0].message)
 
 
+def _handle_and_raise() -> None:
+    """The user's own handler raises another exception when a collective fails."""
+    tp_group, dp_group = _groups(tp=2, dp=2)
+    if dist.get_rank() == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        tp_group.all_reduce(torch.ones(2), label="exit")
+    except colrow.RankFailure as failure:
+        raise KeyError("the user's own") from failure
+    dp_group.all_reduce(torch.ones(2), label="gradients")
+
+
+def test_a_users_handler_is_not_to_blame() -> None:
+    ends = crew.run(_handle_and_raise, size=4)
+    assert ends[2].code == 1
+    for end in ends[:2]:
+        assert end.ranks == (3,), end
+        assert "rank 3 died" in end.message
+
+
 def _barrier_of_torch() -> str:
     """A collective that is not colrow's: an exception that says only that a connection closed."""
     _groups(tp=2, dp=1)

@@ -114,6 +114,25 @@ def test_what_a_rank_reports() -> None:
     assert pickle.loads(pickle.dumps(whole)) == whole
 
 
+def _handled(cause: BaseException | None) -> BaseException:
+    """What a user's handler of a RankFailure may raise."""
+    try:
+        try:
+            raise RankFailure("late", (2,), "exit mlp")
+        except RankFailure as late:
+            raise KeyError("step") from cause and late
+    except KeyError as error:
+        return error
+
+
+def test_an_error_because_of_another_rank_is_not_the_ranks_own() -> None:
+    found = failure_of(_handled(RankFailure("late")), "", is_order=False)
+    assert (found.error, found.blames) == ("RankFailure: late", (2,))
+    assert "KeyError: 'step'" in found.trace
+    cut = failure_of(_handled(None), "", is_order=False)  # raise ... from None
+    assert (cut.error, cut.blames) == ("KeyError: 'step'", None)
+
+
 def test_the_error_survives_pickling() -> None:
     error = LaunchError("summary", "detail", 3, 1)
     copy = pickle.loads(pickle.dumps(error))

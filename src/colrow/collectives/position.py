@@ -18,6 +18,8 @@ from types import CodeType, FrameType
 
 import torch
 
+from colrow.collectives.statistics import Call
+
 _COLLECTIVES = f"{Path(__file__).parent}{os.sep}"
 _COLROW = f"{Path(__file__).parents[1]}{os.sep}"
 _LIBRARIES = (
@@ -62,22 +64,18 @@ def describe_collective(operation: str, label: str) -> str:
 
 
 def _collective_of(innermost: FrameType) -> Position | None:
-    """The collective of colrow's that a thread waits in, if any."""
-    frame: FrameType | None = innermost
-    while frame is not None:
-        if frame.f_globals.get("__name__") == "colrow.collectives.communicator":
-            pending = frame.f_locals.get("self")
-            call = getattr(pending, "_call", None)
-            communicator = getattr(pending, "_communicator", None)
-            if frame.f_code.co_name == "wait" and call is not None and communicator is not None:
-                waited = time.perf_counter() - frame.f_locals.get("begin", time.perf_counter())
-                return Position(
-                    describe_collective(call.operation, call.label),
-                    communicator.global_ranks,
-                    time.time() - waited,
-                    _place(innermost),
-                )
-        frame = frame.f_back
+    """The collective of colrow's that a thread waits in, if any: the ``wait`` of a :class:`Pending`."""
+    for frame, _ in traceback.walk_stack(innermost):
+        pending = frame.f_locals.get("self") if frame.f_code.co_name == "wait" else None
+        call = getattr(pending, "_call", None)
+        if isinstance(call, Call):
+            waited = time.perf_counter() - frame.f_locals.get("begin", time.perf_counter())
+            return Position(
+                describe_collective(call.operation, call.label),
+                tuple(getattr(pending, "_ranks", ())),
+                time.time() - waited,
+                _place(innermost),
+            )
     return None
 
 

@@ -209,7 +209,8 @@ def _time_is_up(
     running = [process for process in processes if process.rank not in outcomes]
     _ask_for_stacks(running)
     _end(processes, interruption)
-    detail = "\n\n".join(describe_stack(process.rank, process.stack()) for process in running)
+    stacks = {process.rank: process.stack() for process in running}  # empty for one that is still starting
+    detail = "\n\n".join(describe_stack(rank, stack) for rank, stack in stacks.items() if stack)
     names = name_ranks([process.rank for process in running])
     return LaunchError(f"{names} did not end within {timeout:g} s", detail, 1, None)
 

@@ -6,7 +6,7 @@ import os
 import traceback
 from dataclasses import dataclass
 
-from colrow.errors import RankFailure
+from colrow.collectives.failure import rank_failure_behind
 
 _EXTRAS = {
     "transformers": "hf",
@@ -91,16 +91,11 @@ def failure_of(error: BaseException, worker: str, is_order: bool) -> Failure:
     while trace is not None and trace.tb_frame.f_code.co_filename == worker:
         trace = trace.tb_next
     text = "".join(traceback.format_exception(type(error), error, trace)).rstrip()
-    name = type(error).__name__
-    if isinstance(error, SystemExit):
-        name = "sys.exit"
-    return Failure(
-        f"{name}: {error}".removesuffix(": "),
-        text,
-        user_advice(error),
-        error.ranks if isinstance(error, RankFailure) else None,
-        is_order,
-    )
+    innocent = rank_failure_behind(error)
+    shown = innocent or error
+    name = "sys.exit" if isinstance(shown, SystemExit) else type(shown).__name__
+    blames = None if innocent is None else innocent.ranks
+    return Failure(f"{name}: {shown}".removesuffix(": "), text, user_advice(error), blames, is_order)
 
 
 def user_advice(error: BaseException) -> str:
