@@ -1,0 +1,1 @@
+"""Which dimensions belong together: factors, one rule per operator, classes, legality."""

@@ -1,0 +1,194 @@
+"""What a trace is made of: values, operators, the module and function calls they belong to, and integers.
+
+A trace is plain data. Tensors are replaced by :class:`Value` everywhere: nothing here holds memory or can be
+executed by itself, so a trace of a 400-billion-parameter model is small.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import CodeType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+SourceKind = Literal["parameter", "buffer", "input", "constant", "result"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a value comes from.
+
+    Attributes:
+        kind: ``result`` for the result of an operator.
+        name: fully qualified name of a parameter or buffer; path of an input (``input_ids``); else empty.
+    """
+
+    kind: SourceKind
+    name: str = ""
+
+
+@dataclass(eq=False, slots=True)
+class Value:
+    """A tensor of the trace, without its data.
+
+    Attributes:
+        index: position in :attr:`Trace.values`.
+        shape, dtype: as traced.
+        source: where it comes from.
+        storage: the same number for values that share memory.
+        differentiable: whether a gradient can reach a parameter or input through it.
+        producer: the operator whose result it is.
+        uses: the operators that read it, in order.
+        content: its actual data, where that is known without weights: constants, masks, positions.
+    """
+
+    index: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    source: Source
+    storage: int
+    differentiable: bool = False
+    producer: Operation | None = None
+    uses: list[Operation] = field(default_factory=list)
+    content: Tensor | None = None
+
+    def __repr__(self) -> str:
+        return f"%{self.index}{list(self.shape)}"
+
+
+@dataclass(eq=False, slots=True)
+class ModuleCall:
+    """One call of a module's forward.
+
+    Attributes:
+        index: position in :attr:`Trace.modules`.
+        path: fully qualified name; empty for the model itself.
+        parent: the call it happened in.
+        first, last: its operators are ``trace.operations[first:last]``.
+        inputs, outputs: tensors by their path in arguments and result: ``(0,)``, ``("hidden_states",)``.
+    """
+
+    index: int
+    path: str
+    parent: ModuleCall | None
+    first: int
+    last: int = -1
+    inputs: list[tuple[tuple[int | str, ...], Value]] = field(default_factory=list)
+    outputs: list[tuple[tuple[int | str, ...], Value]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class CallSite:
+    """A place in a program: the same on every call, whatever the arguments.
+
+    Attributes:
+        code: code object of the caller.
+        instruction: offset of the calling instruction within it.
+    """
+
+    code: CodeType
+    instruction: int
+
+    @property
+    def file(self) -> str:
+        return self.code.co_filename
+
+    @property
+    def line(self) -> int:
+        """The source line."""
+        for offset, (line, *_) in enumerate(self.code.co_positions()):
+            if 2 * offset == self.instruction and line is not None:
+                return line
+        return self.code.co_firstlineno
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line} in {self.code.co_name}"
+
+
+@dataclass(eq=False, slots=True)
+class FunctionCall:
+    """One call of a torch function by a module's code, such as ``Tensor.view``.
+
+    Attributes:
+        index: position in :attr:`Trace.calls`.
+        function: what was called.
+        arguments, keywords: as given, values in place of tensors, integers with where they came from.
+        outputs: its result, values in place of tensors.
+        module: the module call whose code called it.
+        site: the place in that code.
+        occurrence: how many times this place had been passed before, within the same module call.
+        first, last: its operators are ``trace.operations[first:last]``.
+    """
+
+    index: int
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+    module: ModuleCall
+    site: CallSite
+    first: int
+    occurrence: int = 0
+    last: int = -1
+    outputs: Any = None
+
+    @property
+    def name(self) -> str:
+        return getattr(self.function, "__name__", str(self.function))
+
+
+@dataclass(eq=False, slots=True)
+class Operation:
+    """One ATen operator.
+
+    Attributes:
+        index: position in :attr:`Trace.operations`.
+        function: the operator's overload, as ``torch.ops.aten.view.default``.
+        arguments, keywords: as given, values in place of tensors, integers with where they came from.
+        inputs: the values among them, in order; one that is given twice stands twice.
+        outputs: its results; an operator that writes in place has its own input among them.
+        module: the module call it happened in.
+        call: the function call it implements, if any.
+    """
+
+    index: int
+    function: torch._ops.OpOverload
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+    inputs: tuple[Value, ...]
+    outputs: tuple[Value, ...]
+    module: ModuleCall | None
+    call: FunctionCall | None = None
+
+    @property
+    def name(self) -> str:
+        """Namespace and name without overload: ``aten.view``."""
+        return self.function._schema.name.replace("::", ".")
+
+    def __repr__(self) -> str:
+        where = self.module.path if self.module is not None else ""
+        return (
+            f"{self.index}: {list(self.outputs)} = {self.name}({list(self.inputs)}) in {where or 'the model'}"
+        )
+
+
+@dataclass(eq=False)
+class Trace:
+    """One run of a model on meta tensors.
+
+    Attributes:
+        mode: what the user's example shows: ``training``, ``evaluation``, ``generation``, ...
+        values, operations, calls, modules: in the order they came to be.
+        outputs: the tensors of the result by their path in it.
+        warnings: what had to be guessed, for people.
+    """
+
+    mode: str
+    values: list[Value] = field(default_factory=list)
+    operations: list[Operation] = field(default_factory=list)
+    calls: list[FunctionCall] = field(default_factory=list)
+    modules: list[ModuleCall] = field(default_factory=list)
+    outputs: list[tuple[tuple[int | str, ...], Value]] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
