@@ -25,6 +25,7 @@ import re
 import socket
 import statistics
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
@@ -40,19 +41,24 @@ from rich.table import Table
 from step_worker import BATCH, HEADS, HIDDEN, LAYERS, SEQUENCE, VOCABULARY, Measured, Variant, serve
 
 ANSWER_SECONDS = 600.0
-IDLE_LOAD = 0.3
+QUIET = 0.05
+"""Share of the cores that other programs may take before the table says so."""
 LOSS_TOLERANCE = 1e-4
 """Relative: single precision, other order of summation, some steps of AdamW."""
 
 
 @dataclass
 class Round:
-    """One variant in one round: medians over steps; of several ranks the slowest, for CPU time the mean."""
+    """One variant in one round: medians over steps; of several ranks the slowest, for CPU time the mean.
+
+    ``elsewhere`` is the share of all cores that other programs took meanwhile; ``None`` if unknown.
+    """
 
     milliseconds: float
     cpu_milliseconds: float
     peak_megabytes: float
     loss: float
+    elsewhere: float | None
 
 
 class VariantError(RuntimeError):
@@ -105,7 +111,29 @@ class Running:
             process.join()
 
 
-def summarise(measured: Sequence[Measured]) -> Round:
+def busy_seconds() -> float | None:
+    """CPU seconds that all programs together, and other machines on the same host, have taken so far."""
+    counters = Path("/proc/stat")
+    if not counters.exists():
+        return None
+    # user, nice, system, idle, iowait, irq, softirq, steal
+    ticks = [int(value) for value in counters.read_text().splitlines()[0].split()[1:9]]
+    return (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")
+
+
+def run_round(running: Running, steps: int) -> tuple[Round, Measured]:
+    """One round of one variant, and what its first rank measured."""
+    busy_before, begin = busy_seconds(), time.perf_counter()
+    measured = running.run(steps)
+    seconds, busy_after = time.perf_counter() - begin, busy_seconds()
+    elsewhere = None
+    if busy_before is not None and busy_after is not None:
+        own = sum(one.cpu_total for one in measured)
+        elsewhere = max(0.0, busy_after - busy_before - own) / (seconds * (os.cpu_count() or 1))
+    return summarise(measured, elsewhere), measured[0]
+
+
+def summarise(measured: Sequence[Measured], elsewhere: float | None) -> Round:
     """One round of one variant: the ranks' step is as long as the slowest rank's."""
     slowest = [max(of_ranks) for of_ranks in zip(*(one.seconds for one in measured), strict=True)]
     cpu = statistics.fmean(statistics.median(one.cpu_seconds) for one in measured)
@@ -114,6 +142,7 @@ def summarise(measured: Sequence[Measured]) -> Round:
         cpu_milliseconds=cpu * 1e3,
         peak_megabytes=max(one.peak_megabytes for one in measured),
         loss=measured[0].loss,
+        elsewhere=elsewhere,
     )
 
 
@@ -133,9 +162,8 @@ def measure(
             for index in range(len(running)):
                 one = running[(number + index) % len(running)]
                 with console.status(f"round {number + 1} of {rounds}: {one.variant.name}"):
-                    measured = one.run(steps)
-                found[one.variant.name].append(summarise(measured))
-                last[one.variant.name] = measured[0]
+                    result, last[one.variant.name] = run_round(one, steps)
+                found[one.variant.name].append(result)
     finally:
         for one in running:
             one.close()
@@ -223,7 +251,6 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "processor": names[0] if names else platform.processor(),
         "cores": os.cpu_count(),
-        "load_before": os.getloadavg()[0],
     }
 
 
@@ -247,7 +274,6 @@ def main(arguments: list[str]) -> int:
         Variant(f"tp={options.tp}, no exchange", options.tp, 1, communicates=False),
     ]
     console = Console()
-    surroundings = environment()
     try:
         found, last = measure(variants, options.model, options.rounds, options.steps, options.warm, console)
     except VariantError as error:
@@ -256,9 +282,11 @@ def main(arguments: list[str]) -> int:
     results = summary(variants, found, last)
     title = f"{options.model}: medians over {options.rounds} rounds of {options.steps} steps"
     console.print(*tables(variants, results, title))
-    if surroundings["load_before"] > IDLE_LOAD:
-        load = surroundings["load_before"]
-        console.print(f"Other programs were running before the start (load {load:.1f}): repeat when idle.")
+    shares = [one.elsewhere for rounds in found.values() for one in rounds if one.elsewhere is not None]
+    if shares and statistics.fmean(shares) > QUIET:
+        console.print(
+            f"Not quiet: other programs took {statistics.fmean(shares):.0%} of the cores meanwhile."
+        )
     fault = check_losses(variants, found)
     if options.output:
         record = {
@@ -271,7 +299,7 @@ def main(arguments: list[str]) -> int:
                 "sequence": SEQUENCE,
                 "batch": BATCH,
             },
-            "environment": surroundings,
+            "environment": environment(),
             "equal_losses": fault is None,
             "variants": results,
             "rounds": {name: [asdict(one) for one in rounds] for name, rounds in found.items()},

@@ -41,10 +41,14 @@ class Variant:
 
 @dataclass
 class Measured:
-    """What one process measured in one round: per step seconds and CPU seconds; the loss of the last step."""
+    """What one process measured in one round: per step seconds and CPU seconds; the loss of the last step.
+
+    ``cpu_total`` counts all CPU seconds, also those between the steps.
+    """
 
     seconds: list[float]
     cpu_seconds: list[float]
+    cpu_total: float
     loss: float
     peak_megabytes: float
     collectives: dict[str, tuple[float, float]] = field(default_factory=dict)
@@ -147,6 +151,7 @@ class Trainer:
         """Train ``steps`` steps; ranks start each of them together."""
         seconds, cpu_seconds, loss = [], [], torch.zeros(())
         colrow.reset_comm_stats()
+        cpu_first = time.process_time()
         for _ in range(steps):
             tokens = torch.randint(VOCABULARY, (BATCH, SEQUENCE), generator=self.generator)
             if self.variant.ranks > 1:
@@ -158,12 +163,13 @@ class Trainer:
             self.optimizer.zero_grad()
             seconds.append(time.perf_counter() - begin)
             cpu_seconds.append(time.process_time() - cpu_begin)
+        cpu_total = time.process_time() - cpu_first
         moved: dict[str, tuple[float, float]] = {}
         stats = colrow.comm_stats()
         for operation in sorted({key[0] for key in stats.tallies}):
             tally = stats.where(operation=operation)
             moved[operation] = (tally.count / steps, tally.bytes / steps)
-        return Measured(seconds, cpu_seconds, loss.item(), peak_megabytes(), moved)
+        return Measured(seconds, cpu_seconds, cpu_total, loss.item(), peak_megabytes(), moved)
 
 
 def serve(variant: Variant, rank: int, port: int, model_name: str, connection: Connection) -> None:
