@@ -110,11 +110,22 @@ def test_table_of_ranks() -> None:
         assert part in text
 
 
-def test_smoothing_has_no_lag_and_no_bias() -> None:
-    line = np.arange(100.0)
-    np.testing.assert_allclose(smooth(line, 3.0)[10:-10], line[10:-10])
-    np.testing.assert_allclose(smooth(np.full(7, 2.5), 30.0), 2.5)
-    assert len(smooth([1.0], 5.0)) == 1
+@pytest.mark.parametrize("points", [1, 2, 100, 1999, 30_001])
+def test_smoothing_has_no_lag_and_no_bias(points: int) -> None:
+    steps = np.arange(1, points + 1)
+    places, means = smooth(steps, np.full(points, 2.5))
+    np.testing.assert_allclose(means, 2.5)
+    assert len(places) == min(points, 2000)
+    places, means = smooth(steps, 3.0 * steps)
+    inner = slice(len(places) // 10, -(len(places) // 10) or None)
+    np.testing.assert_allclose(means[inner], 3.0 * places[inner], rtol=2e-3)
+    assert means[0] == pytest.approx(3.0 * places[0])  # the steep begin is not smoothed away
+
+
+def test_smoothing_smoothes() -> None:
+    noise = np.random.default_rng(0).normal(size=1000)
+    _, means = smooth(np.arange(1000), noise)
+    assert means[200:800].std() < 0.25
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2, 1500])

@@ -77,8 +77,10 @@ def test_resumed_metrics_continue_where_the_checkpoint_is(tmp_path: Path) -> Non
     assert [one["step"] for one in read_records(folder.metrics)] == [1, 2, 3, 4]
     writer = MetricsWriter(folder, 3)
     writer.write(_record(4))
-    assert writer.losses(StepRecord) == ([1, 2, 3, 4], [1.0, 1 / 2, 1 / 3, 1 / 4])
-    assert writer.losses(ValidationRecord) == ([2], [3.0])
+    steps, losses = writer.losses(StepRecord)
+    assert (list(steps), list(losses)) == ([1, 2, 3, 4], [1.0, 1 / 2, 1 / 3, 1 / 4])
+    steps, losses = writer.losses(ValidationRecord)
+    assert (list(steps), list(losses)) == ([2], [3.0])
     writer.close()
     lines = folder.metrics.read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]

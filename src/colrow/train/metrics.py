@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import sys
+from array import array
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -68,12 +69,15 @@ class MetricsWriter:
 
     def __init__(self, folder: RunFolder, resumed_step: int) -> None:
         self._files: dict[type, TextIO] = {}
-        self._histories: dict[type, list[dict[str, Any]]] = {}
+        self._histories: dict[type, tuple[array[int], array[float]]] = {}
         for kind, path in ((StepRecord, folder.metrics), (ValidationRecord, folder.validation)):
             kept = [one for one in read_records(path) if one["step"] <= resumed_step]
             write_atomically(path, "".join(json.dumps(one) + "\n" for one in kept))
             self._files[kind] = path.open("a", encoding="utf-8")
-            self._histories[kind] = kept
+            self._histories[kind] = (
+                array("q", [one["step"] for one in kept]),
+                array("d", [one["loss"] for one in kept]),
+            )
         from torch.utils.tensorboard import SummaryWriter  # only the first rank need wait for it
 
         purge = resumed_step + 1 if resumed_step else None
@@ -85,16 +89,17 @@ class MetricsWriter:
         file = self._files[type(record)]
         file.write(json.dumps(values) + "\n")
         file.flush()
-        self._histories[type(record)].append(values)
+        steps, losses = self._histories[type(record)]
+        steps.append(record.step)
+        losses.append(record.loss)
         group = "train" if isinstance(record, StepRecord) else "validation"
         for name, value in values.items():
             if name != "step":
                 self._events.add_scalar(f"{group}/{name}", value, record.step)
 
-    def losses(self, kind: type) -> tuple[list[int], list[float]]:
+    def losses(self, kind: type) -> tuple[array[int], array[float]]:
         """Steps and losses of the whole run, also from before it was resumed."""
-        history = self._histories[kind]
-        return [one["step"] for one in history], [one["loss"] for one in history]
+        return self._histories[kind]
 
     def close(self) -> None:
         for file in self._files.values():
