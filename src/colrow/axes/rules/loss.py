@@ -1,0 +1,67 @@
+"""The operators of a cross-entropy.
+
+Its classes can be cut, if a loss over cut classes takes the place of ``log_softmax`` and ``nll_loss``: that
+needs only a maximum and a sum of one number per token. The rules mark the classes for that.
+"""
+
+from __future__ import annotations
+
+from colrow.axes.context import RuleContext, positive
+from colrow.axes.registry import rule
+from colrow.trace.records import Operation
+
+_LOSSES = ("aten.nll_loss_forward", "aten.nll_loss2d_forward", "aten.nll_loss", "aten.nll_loss_nd")
+
+
+@rule("aten._log_softmax", "aten.log_softmax")
+def log_softmax(op: RuleContext) -> None:
+    """Its classes are marked if only losses read the result, and blocked if anything else does."""
+    dimensions = op.dimensions("self")
+    dimension = positive(op.argument("dim"), len(dimensions))
+    if dimensions:
+        uses = op.outputs[0].uses
+        if uses and all(_is_loss(use, dimension) for use in uses):
+            op.classes(dimensions[dimension])
+        else:
+            op.block(dimensions[dimension], "log_softmax over it")
+    op.set_output(dimensions)
+
+
+def _is_loss(use: Operation, dimension: int) -> bool:
+    """Whether ``use`` is a negative log-likelihood, or the sum over classes of label smoothing."""
+    if use.name in _LOSSES:
+        return True
+    if use.name != "aten.sum" or len(use.arguments) < 2 or not use.inputs:
+        return False
+    rank = len(use.inputs[0].shape)
+    summed = use.arguments[1] or []
+    return [positive(given, rank) for given in summed] == [dimension]
+
+
+@rule("aten.nll_loss_forward", "aten.nll_loss2d_forward")
+def nll_loss(op: RuleContext) -> None:
+    """``self [tokens, classes, places...]`` and ``target [tokens, places...]``.
+
+    The loss is summed over tokens unless it is averaged (``reduction`` 1), which needs all of them.
+    """
+    value, target = op.dimensions("self"), op.dimensions("target")
+    at = 0 if len(value) == 1 else 1
+    op.classes(value[at])
+    weight = op.optional("weight")
+    if weight is not None:
+        op.unify(value[at], op.dimensions(weight)[0])
+    tokens = [factor for index, factor in enumerate(value) if index != at]
+    for factor, tied in zip(tokens, target, strict=False):
+        op.unify(factor, tied)
+    reduction = int(op.argument("reduction", 1))
+    if reduction == 0:
+        op.set_output(tokens if op.outputs[0].shape else [])
+    else:
+        op.set_output([])
+        for factor in tokens:
+            if reduction == 1:
+                op.block(factor, "averaged over")
+            else:
+                op.contract(factor)
+    for index in range(1, len(op.outputs)):
+        op.set_output([], index)
