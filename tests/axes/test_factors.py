@@ -96,6 +96,30 @@ def test_what_was_cut_apart_cannot_be_sharded_across_the_cut() -> None:
     assert [atom.size for atom in arena.atoms(fused)] == [8]
 
 
+@pytest.mark.parametrize("size", [4, 7, 5000])
+def test_a_dimension_tied_to_itself_shifted_is_blocked(size: int) -> None:
+    """``loss(x[1:], x[:-1])``: the dimension stays in one piece, and is quick to see."""
+    arena = Factors()
+    sequence = arena.atom(size)
+    tails, heads = arena.cut(sequence, [1], WHY), arena.cut(sequence, [size - 1], WHY)
+    assert tails is not None
+    assert heads is not None
+    assert not arena.unify(tails[1], heads[0], Reason("compared"))
+    assert [atom.size for atom in arena.atoms(sequence)] == [size - 2]
+    assert [reason.text for reason in arena.reasons(sequence)] == ["compared"]
+
+
+def test_halves_that_change_places_are_tied() -> None:
+    """``x * cos + cat(-x[half:], x[:half]) * sin``."""
+    arena = Factors()
+    whole = arena.atom(16)
+    halves = arena.cut(whole, [8], WHY)
+    assert halves is not None
+    assert arena.unify(whole, arena.concatenation(halves[::-1]), WHY)
+    assert arena.text(whole) == "(8 + 8)"
+    assert len(arena.atoms(whole)) == 1
+
+
 def test_a_reason_names_what_caused_it_and_survives_refinement() -> None:
     arena = Factors()
     factor = arena.atom(12)

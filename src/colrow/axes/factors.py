@@ -289,6 +289,8 @@ class Factors:
         if a.kind == b.kind == "product":
             return self._refine(self.parts(a, "product"), self.parts(b, "product"))
         if a.kind == b.kind == "sum":
+            if self._shifted(a, b):
+                return False
             both = [*self._offsets(a), *self._offsets(b)]
             return self._unify_all(self._cut(a, both), self._cut(b, both))
         if a.kind == "product":
@@ -298,6 +300,23 @@ class Factors:
             return self._unify(a, b)
         offsets = self._offsets(a)
         return self._unify_all(self._cut(a, offsets), self._cut(b, offsets))
+
+    def _shifted(self, a: Factor, b: Factor) -> bool:
+        """Whether two sums are one against the other shifted, as ``x[1:]`` and ``x[:-1]``.
+
+        To make those the same would tie every index to the next one, and leave pieces of size 1.
+        """
+        starts = {}
+        position = 0
+        for part in self.parts(a, "sum"):
+            starts[part.index] = position
+            position += part.size
+        position = 0
+        for part in self.parts(b, "sum"):
+            if part.index in starts and (starts[part.index] - position) % part.size:
+                return True
+            position += part.size
+        return False
 
     def _unify_all(self, first: list[Factor] | None, second: list[Factor] | None) -> bool:
         if first is None or second is None or len(first) != len(second):
