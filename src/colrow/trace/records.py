@@ -14,6 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from colrow.trace.integers import Expression
+
 SourceKind = Literal["parameter", "buffer", "input", "constant", "result"]
 
 
@@ -39,10 +41,12 @@ class Value:
         shape, dtype: as traced.
         source: where it comes from.
         storage: the same number for values that share memory.
-        differentiable: whether a gradient can reach a parameter or input through it.
+        differentiable: whether a gradient can reach a parameter or input through it; floating-point inputs
+            are taken to want one.
         producer: the operator whose result it is.
         uses: the operators that read it, in order.
-        content: its actual data, where that is known without weights: constants, masks, positions.
+        content: its actual data after the last write, on the CPU, where that is known without weights:
+            constants, masks, positions.
     """
 
     index: int
@@ -69,6 +73,8 @@ class ModuleCall:
         parent: the call it happened in.
         first, last: its operators are ``trace.operations[first:last]``.
         inputs, outputs: tensors by their path in arguments and result: ``(0,)``, ``("hidden_states",)``.
+        type_name: name of the module's class, for people.
+        copy_of: the call of an identical sibling that its record was copied from, instead of being executed.
     """
 
     index: int
@@ -78,6 +84,11 @@ class ModuleCall:
     last: int = -1
     inputs: list[tuple[tuple[int | str, ...], Value]] = field(default_factory=list)
     outputs: list[tuple[tuple[int | str, ...], Value]] = field(default_factory=list)
+    type_name: str = ""
+    copy_of: ModuleCall | None = None
+
+    def __repr__(self) -> str:
+        return f"{self.type_name}({self.path or 'the model'})"
 
 
 @dataclass(frozen=True)
@@ -99,8 +110,8 @@ class CallSite:
     @property
     def line(self) -> int:
         """The source line."""
-        for offset, (line, *_) in enumerate(self.code.co_positions()):
-            if 2 * offset == self.instruction and line is not None:
+        for start, end, line in self.code.co_lines():
+            if start <= self.instruction < end and line is not None:
                 return line
         return self.code.co_firstlineno
 
@@ -118,7 +129,8 @@ class FunctionCall:
         arguments, keywords: as given, values in place of tensors, integers with where they came from.
         outputs: its result, values in place of tensors.
         module: the module call whose code called it.
-        site: the place in that code.
+        site: the place in that code, which may be code of torch, as ``nn.Linear.forward`` is.
+        origin: the innermost place outside torch, for people.
         occurrence: how many times this place had been passed before, within the same module call.
         first, last: its operators are ``trace.operations[first:last]``.
     """
@@ -129,6 +141,7 @@ class FunctionCall:
     keywords: dict[str, Any]
     module: ModuleCall
     site: CallSite
+    origin: CallSite
     first: int
     occurrence: int = 0
     last: int = -1
@@ -146,7 +159,8 @@ class Operation:
     Attributes:
         index: position in :attr:`Trace.operations`.
         function: the operator's overload, as ``torch.ops.aten.view.default``.
-        arguments, keywords: as given, values in place of tensors, integers with where they came from.
+        arguments, keywords: as given, values in place of tensors. Where integers came from is known to the
+            call, not here.
         inputs: the values among them, in order; one that is given twice stands twice.
         outputs: its results; an operator that writes in place has its own input among them.
         module: the module call it happened in.
@@ -174,6 +188,29 @@ class Operation:
         )
 
 
+@dataclass(eq=False, slots=True)
+class Escape:
+    """A use of an integer as a number, such as ``1 / math.sqrt(q.size(1))``.
+
+    Shapes can be made local behind a program's back, numbers cannot: when ``expression`` would become local,
+    what was computed from it would be wrong.
+
+    Attributes:
+        expression: where the integer came from.
+        use: the operation: ``/``, ``**``, ``float()``, ``torch.tensor``, ``aten.mul``.
+        module: the module call it happened in.
+        site: the innermost place outside torch.
+    """
+
+    expression: Expression
+    use: str
+    module: ModuleCall | None
+    site: CallSite
+
+    def __str__(self) -> str:
+        return f"{self.use} of {self.expression} = {self.expression.value} at {self.site}"
+
+
 @dataclass(eq=False)
 class Trace:
     """One run of a model on meta tensors.
@@ -183,6 +220,7 @@ class Trace:
         values, operations, calls, modules: in the order they came to be.
         outputs: the tensors of the result by their path in it.
         warnings: what had to be guessed, for people.
+        escapes: integers that were used as numbers.
     """
 
     mode: str
@@ -192,3 +230,19 @@ class Trace:
     modules: list[ModuleCall] = field(default_factory=list)
     outputs: list[tuple[tuple[int | str, ...], Value]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    escapes: list[Escape] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        from colrow.trace.show import render
+
+        return render(self)
+
+    def show(self, *, copies: bool = False) -> None:
+        """Print the module calls with their operators and call sites.
+
+        Args:
+            copies: spell out repeated layers too.
+        """
+        from colrow.trace.show import render
+
+        print(render(self, copies=copies))

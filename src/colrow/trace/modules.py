@@ -1,0 +1,91 @@
+"""Module calls, seen through ``nn.Module.__call__`` while a model is recorded."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from colrow.trace.integers import TracedInt
+from colrow.trace.recorder import Recorder
+from colrow.trace.records import ModuleCall
+from colrow.trace.repeat import Repeater
+
+_LOGARITHMS = ("log", "log2", "log10", "log1p", "isqrt")
+
+
+@contextmanager
+def recorded_modules(recorder: Recorder, model: nn.Module, repeater: Repeater) -> Iterator[None]:
+    """Record the calls of the model's modules in this context.
+
+    Modules that are not part of the model, such as a loss made and called in one line, belong to their
+    caller.
+    """
+    paths = {id(module): path for path, module in model.named_modules()}
+    original = nn.Module.__call__
+    thread = threading.get_ident()
+
+    def call(module: nn.Module, *arguments: Any, **keywords: Any) -> Any:
+        path = paths.get(id(module))
+        if path is None or recorder.paused or threading.get_ident() != thread:
+            return original(module, *arguments, **keywords)
+        copied = repeater.copy(module, path, (arguments, keywords))
+        if copied is not None:
+            return copied.result
+        trace = recorder.trace
+        record = ModuleCall(
+            len(trace.modules),
+            path,
+            recorder.module,
+            len(trace.operations),
+            inputs=recorder.values_by_path((arguments, keywords)),
+            type_name=type(module).__name__,
+        )
+        trace.modules.append(record)
+        before = repeater.before(module, (arguments, keywords))
+        outer_call, recorder.module, recorder.call = recorder.call, record, None
+        try:
+            result = original(module, *arguments, **keywords)
+        except BaseException:
+            recorder.failed_in = recorder.failed_in or path
+            raise
+        finally:
+            recorder.module, recorder.call = record.parent, outer_call
+            record.last = len(trace.operations)
+        record.outputs = recorder.values_by_path(result)
+        if before is not None:
+            repeater.remember(module, record, (arguments, keywords), result, before)
+        return result
+
+    nn.Module.__call__ = call  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.__call__ = original  # type: ignore[method-assign]
+
+
+@contextmanager
+def asking_logarithms() -> Iterator[None]:
+    """The functions of ``math`` that read integers without converting them report the use in this context."""
+    kept = {name: getattr(math, name) for name in _LOGARITHMS}
+
+    def asking(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def ask(*numbers: Any) -> Any:
+            for number in numbers:
+                if isinstance(number, TracedInt):
+                    number.escape(f"math.{name}")
+            return function(*numbers)
+
+        return ask
+
+    try:
+        for name, function in kept.items():
+            setattr(math, name, asking(name, function))
+        yield
+    finally:
+        for name, function in kept.items():
+            setattr(math, name, function)

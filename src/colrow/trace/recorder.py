@@ -1,0 +1,118 @@
+"""The recorder: a trace in the making, and what runs at the moment."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+from torch import Tensor
+
+from colrow.trace import content
+from colrow.trace.errors import TraceError
+from colrow.trace.gradients import Gradients
+from colrow.trace.integers import Expression
+from colrow.trace.records import Escape, FunctionCall, ModuleCall, Source, Trace, Value
+from colrow.trace.sites import user_site
+from colrow.trace.tree import Path, map_tensors, tensors_by_path
+from colrow.trace.values import ValueTable
+
+Routing = Literal["error", "guess"]
+
+
+class Recorder:
+    """What the modes that watch a run share.
+
+    Attributes:
+        trace: what has been recorded so far.
+        table: its values by tensor.
+        routing: whether to guess which experts are chosen.
+        module, call: the module and function call that run now.
+        failed_in: path of the module whose forward raised.
+        paused: nothing is recorded while this is true.
+        unrecorded: what records an operator by the ``id`` of its result; called when the result is used.
+        occurrences: how often each place (module call, code, instruction) was passed.
+        gradients: which values carry one.
+    """
+
+    def __init__(self, mode: str, routing: Routing = "error") -> None:
+        self.trace = Trace(mode)
+        self.table = ValueTable(self.trace.values)
+        self.gradients = Gradients(self.table)
+        self.routing = routing
+        self.module: ModuleCall | None = None
+        self.call: FunctionCall | None = None
+        self.paused = False
+        self.failed_in = ""
+        self.unrecorded: dict[int, Callable[[], None]] = {}
+        self.occurrences: dict[tuple[int, int, int], int] = defaultdict(int)
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Record nothing in this context."""
+        before, self.paused = self.paused, True
+        try:
+            yield
+        finally:
+            self.paused = before
+
+    @property
+    def module_path(self) -> str:
+        """Path of the module that runs now; empty for the model itself."""
+        return self.module.path if self.module is not None else ""
+
+    def value_of(self, tensor: Tensor) -> Value:
+        """The value of a tensor; one that was made outside of the trace becomes a constant."""
+        value = self.table.find(tensor)
+        if value is not None:
+            return value
+        if id(tensor) in self.unrecorded:
+            self.unrecorded.pop(id(tensor))()
+            return self.value_of(tensor)
+        known: Tensor | None = None
+        if tensor.is_meta:
+            self.warn(
+                f"a tensor of shape {list(tensor.shape)} is no parameter, buffer or attribute of a module: "
+                "taken as a constant"
+            )
+        elif tensor.numel() <= content.LARGEST:
+            with self.pause():
+                known = tensor.detach().cpu().clone()
+        with self.pause():
+            value = self.table.add(tensor, Source("constant"), known)
+        self.gradients.begin(value, tensor)
+        return value
+
+    def snapshot(self, item: Any) -> Any:
+        """The same nesting with values in place of tensors."""
+        return map_tensors(item, self.value_of)
+
+    def values_by_path(self, item: Any, *, inside_objects: bool = False) -> list[tuple[Path, Value]]:
+        """The values of the tensors in a nesting."""
+        found = tensors_by_path(item, inside_objects=inside_objects)
+        return [(path, self.value_of(tensor)) for path, tensor in found]
+
+    def warn(self, message: str) -> None:
+        """Note something that a person should know, once."""
+        text = f"{user_site()}, in {self.module_path or 'the model itself'}: {message}"
+        if text not in self.trace.warnings:
+            self.trace.warnings.append(text)
+
+    def escape(self, expression: Expression, use: str) -> None:
+        """An integer was used as a number."""
+        if not self.paused:
+            self.trace.escapes.append(Escape(expression, use, self.module, user_site()))
+
+    def data_needed(self, use: str, value: Value) -> TraceError:
+        """The error for a program that reads data which a trace does not have."""
+        size = "" if value.shape else ", a single number,"
+        return TraceError(
+            self.module_path,
+            str(user_site()),
+            f"{use} needs the data of a tensor {list(value.shape)}{size} that follows from weights or from "
+            "inputs without data; a trace has shapes only",
+            "Give integer and boolean inputs as real tensors; replace the branch by torch.where or a mask; "
+            "for a loop over the experts that tokens are routed to, pass routing='guess' or choose an "
+            "implementation without such a loop",
+        )

@@ -1,0 +1,182 @@
+"""Recording a model: one eager run on meta tensors, watched from three sides."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from colrow.trace.attributes import traced_attributes
+from colrow.trace.content import content_of_original
+from colrow.trace.errors import TraceError
+from colrow.trace.functions import FunctionMode
+from colrow.trace.meta import is_on_meta, meta_arguments, meta_copy
+from colrow.trace.modules import asking_logarithms, recorded_modules
+from colrow.trace.operators import OperatorMode
+from colrow.trace.recorder import Recorder, Routing
+from colrow.trace.records import Source, Trace
+from colrow.trace.repeat import Repeater
+from colrow.trace.tree import Path, tensors_by_path
+
+
+@dataclass(frozen=True)
+class Example:
+    """Arguments of one call of a model.
+
+    Integer and boolean tensors should have data, so that branches on them are known; floating-point tensors
+    may be on the meta device.
+    """
+
+    arguments: tuple[Any, ...] = ()
+    keywords: Mapping[str, Any] = field(default_factory=dict)
+
+
+def trace(
+    model: nn.Module,
+    arguments: tuple[Any, ...] = (),
+    keywords: Mapping[str, Any] | None = None,
+    *,
+    mode: str = "evaluation",
+    routing: Routing = "error",
+    copy_layers: bool = True,
+) -> Trace:
+    """Record one call of a model without computing anything.
+
+    A model on the meta device is run as it is; of any other a copy on meta is. Either way the model is
+    afterwards as it was: attributes, buffers, training flags.
+
+    Args:
+        model: any module.
+        arguments, keywords: of the call; copied, never changed.
+        mode: a name for what the example shows. ``training`` runs the model in training mode (with dropout),
+            any other name in evaluation mode.
+        routing: what happens where the program reads which experts were chosen: ``error``, or ``guess`` the
+            first two, so that a loop over experts is passed; recorded in :attr:`Trace.warnings`.
+        copy_layers: copy the record of a layer for its identical siblings instead of running them.
+
+    Raises:
+        TraceError: the program reads data that a trace does not have, or the model cannot be put on meta.
+    """
+    originals: dict[int, Tensor] = {}
+    if not is_on_meta(model):
+        model, originals = meta_copy(model)
+    return _trace(model, originals, Example(arguments, keywords or {}), mode, routing, copy_layers)
+
+
+def trace_all(
+    model: nn.Module,
+    examples: Mapping[str, Example],
+    *,
+    routing: Routing = "error",
+    copy_layers: bool = True,
+) -> dict[str, Trace]:
+    """One trace for each mode: training with labels, evaluation, first and later steps of generation, ...
+
+    See :func:`trace`; the examples' names are the modes.
+    """
+    originals: dict[int, Tensor] = {}
+    if not is_on_meta(model):
+        model, originals = meta_copy(model)
+    return {
+        mode: _trace(model, originals, example, mode, routing, copy_layers)
+        for mode, example in examples.items()
+    }
+
+
+def _trace(
+    model: nn.Module,
+    originals: dict[int, Tensor],
+    example: Example,
+    mode: str,
+    routing: Routing,
+    copy_layers: bool,
+) -> Trace:
+    recorder = Recorder(mode, routing)
+    (arguments, keywords), given = meta_arguments((example.arguments, dict(example.keywords)))
+    with ExitStack() as stack:
+        stack.enter_context(traced_attributes(model, recorder.escape))
+        # attributes first: they put the training flags back
+        model.train(mode == "training")
+        _register_model(recorder, model, originals)
+        _register_inputs(recorder, model, arguments, keywords, given)
+        repeater = Repeater(recorder, model, copy_layers)
+        stack.enter_context(recorded_modules(recorder, model, repeater))
+        stack.enter_context(asking_logarithms())
+        stack.enter_context(_no_fast_path())
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(OperatorMode(recorder))
+        stack.enter_context(FunctionMode(recorder))
+        try:
+            result = model(*arguments, **keywords)
+        except TraceError:
+            raise
+        except Exception as error:
+            where = recorder.failed_in or "the model itself"
+            error.add_note(f"This happened while colrow recorded {where} on meta tensors ({mode}).")
+            raise
+        with recorder.pause():
+            recorder.trace.outputs = recorder.values_by_path(result, inside_objects=True)
+    recorder.gradients.finish()
+    return recorder.trace
+
+
+def _register_model(recorder: Recorder, model: nn.Module, originals: dict[int, Tensor]) -> None:
+    def register(kind: str, name: str, tensor: Tensor) -> None:
+        if recorder.table.find(tensor) is None:
+            known = content_of_original(originals.get(id(tensor), tensor))
+            source = Source("parameter" if kind == "parameter" else "buffer", name)
+            value = recorder.table.add(tensor, source, known)
+            recorder.gradients.begin(value, tensor)
+
+    for name, parameter in model.named_parameters():
+        register("parameter", name, parameter)
+    for name, buffer in model.named_buffers():
+        register("buffer", name, buffer)
+    for path, module in model.named_modules():
+        for name, item in vars(module).items():
+            if isinstance(item, Tensor):
+                register("buffer", f"{path}.{name}" if path else name, item)
+
+
+def _register_inputs(
+    recorder: Recorder,
+    model: nn.Module,
+    arguments: tuple[Any, ...],
+    keywords: dict[str, Any],
+    given: dict[int, Tensor],
+) -> None:
+    names = _positional_names(model, len(arguments))
+    named: list[tuple[Path, Tensor]] = []
+    for name, argument in [*zip(names, arguments, strict=True), *keywords.items()]:
+        found = tensors_by_path(argument, inside_objects=True)
+        named += [((name, *path), tensor) for path, tensor in found]
+    for path, tensor in named:
+        if recorder.table.find(tensor) is None:
+            source = Source("input", ".".join(map(str, path)))
+            value = recorder.table.add(tensor, source, content_of_original(given[id(tensor)]))
+            recorder.gradients.begin(value, tensor)
+
+
+def _positional_names(model: nn.Module, count: int) -> list[str]:
+    """Names of a forward's positional arguments; numbers where it does not name them."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = inspect.signature(model.forward).parameters.values()
+    names = [parameter.name for parameter in parameters if parameter.kind in kinds]
+    return [*names[:count], *map(str, range(len(names), count))]
+
+
+@contextmanager
+def _no_fast_path() -> Iterator[None]:
+    """Without torch's fused transformer layers, which hide their operators, in this context."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)

@@ -1,0 +1,92 @@
+"""Tensors inside nested arguments and results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import FunctionType, MethodType, ModuleType
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+Path: TypeAlias = tuple[int | str, ...]
+
+
+def tensors_of(item: Any) -> list[Tensor]:
+    """The tensors in tuples, lists and dictionaries, in order; one that stands twice is given twice."""
+    found: list[Tensor] = []
+
+    def collect(item: Any) -> None:
+        if isinstance(item, Tensor):
+            found.append(item)
+        elif isinstance(item, tuple | list):
+            for each in item:
+                collect(each)
+        elif isinstance(item, dict):
+            for each in item.values():
+                collect(each)
+
+    collect(item)
+    return found
+
+
+def tensors_by_path(item: Any, *, inside_objects: bool = False) -> list[tuple[Path, Tensor]]:
+    """The tensors in tuples, lists and mappings with their paths.
+
+    Args:
+        inside_objects: also look at the attributes of other objects, such as a key-value cache.
+    """
+    found: list[tuple[Path, Tensor]] = []
+    entered: set[int] = set()
+
+    def collect(path: Path, item: Any) -> None:
+        if isinstance(item, Tensor):
+            found.append((path, item))
+        elif isinstance(item, tuple | list):
+            for index, each in enumerate(item):
+                collect((*path, index), each)
+        elif isinstance(item, Mapping):
+            for key, each in item.items():
+                collect((*path, key if isinstance(key, int) else str(key)), each)
+        elif inside_objects and is_object(item) and id(item) not in entered:
+            entered.add(id(item))
+            for key, each in list(vars(item).items()):
+                collect((*path, key), each)
+
+    collect((), item)
+    return found
+
+
+def is_object(item: Any) -> bool:
+    """Whether the item is an object with attributes of its own: no module, no function, no class."""
+    return hasattr(item, "__dict__") and not isinstance(
+        item, nn.Module | Tensor | type | ModuleType | FunctionType | MethodType | torch.dtype | torch.device
+    )
+
+
+def map_tensors(item: Any, change: Callable[[Tensor], Any]) -> Any:
+    """The same nesting of tuples, lists, dictionaries and slices with the tensors changed."""
+    if isinstance(item, Tensor):
+        return change(item)
+    return _map_nested(item, lambda each: map_tensors(each, change))
+
+
+def map_leaves(item: Any, change: Callable[[Any], Any]) -> Any:
+    """The same nesting of tuples, lists, dictionaries and slices with everything else changed."""
+    if isinstance(item, tuple | list | dict | slice):
+        return _map_nested(item, lambda each: map_leaves(each, change))
+    return change(item)
+
+
+def _map_nested(item: Any, change: Callable[[Any], Any]) -> Any:
+    if isinstance(item, tuple):
+        if hasattr(item, "_fields"):
+            return type(item)(*(change(each) for each in item))
+        return tuple(change(each) for each in item)
+    if isinstance(item, list):
+        return [change(each) for each in item]
+    if type(item) is dict:
+        return {key: change(each) for key, each in item.items()}
+    if isinstance(item, slice):
+        return slice(change(item.start), change(item.stop), change(item.step))
+    return item
