@@ -62,6 +62,7 @@ def _special() -> None:
         parameters[0].grad[0, 0] = torch.nan  # type: ignore[index]
     with pytest.raises(RuntimeError, match="norm is nan"):
         colrow.clip_grad_norm_(cut, 1.0, error_if_nonfinite=True)
+    assert colrow.global_grad_norm(cut, float("inf")).isnan()  # transports may lose it in a maximum
     for parameter in parameters:
         parameter.grad = None
     assert colrow.clip_grad_norm_(cut, 1.0).item() == 0.0
@@ -70,3 +71,56 @@ def _special() -> None:
 def test_half_precision_nan_and_no_gradients(ranks: Callable[[int], Pool]) -> None:
     """Not a number on one rank is so on all: no rank goes on alone."""
     ranks(2).run(_special)
+
+
+def _different_ways() -> None:
+    """A hook on one rank makes it enter a value twice: the ranks' reductions no longer belong together."""
+    _, cut = _models(2, torch.float64)
+    ranks = colrow.state_of(cut).communicator
+    colrow.global_grad_norm(cut)
+    ranks.all_reduce(torch.ones(2), label=f"only rank {ranks.rank} calls it so")
+    with pytest.raises(RuntimeError, match="have not gone through the same collectives"):
+        colrow.clip_grad_norm_(cut, 1.0)
+
+
+def test_ranks_that_go_different_ways(ranks: Callable[[int], Pool]) -> None:
+    pool = ranks(2)
+    pool.run(_different_ways)
+    pool.close()  # its ranks' sequences differ from here on
+
+
+def _replicas() -> None:
+    _, cut = _models(2, torch.float32)
+    colrow.check_replicas(cut)
+    rank = colrow.state_of(cut).communicator.rank
+    # torch's own clipping sees one rank's part only
+    nn.utils.clip_grad_norm_(cut.parameters(), 1e-3)
+    with pytest.raises(colrow.PlanError, match=r"the gradient of 2\.bias: it is replicated, but differs"):
+        colrow.check_replicas(cut)
+    cut.zero_grad()
+    colrow.check_replicas(cut)
+    bias = cut.get_parameter("2.bias")
+    with torch.no_grad():
+        bias[rank], bias[1 - rank] = 1.0, 2.0  # a permutation
+    with pytest.raises(colrow.PlanError, match=r"2\.bias: it is replicated, but differs"):
+        colrow.check_replicas(cut)
+
+
+def test_replicas_are_compared_to_the_bit(ranks: Callable[[int], Pool]) -> None:
+    ranks(2).run(_replicas)
+
+
+def _threads() -> None:
+    """Equal weights are equal whatever the number of threads that sum them up."""
+    mesh = worker_mesh(2)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(700, 900), nn.Tanh(), nn.Linear(900, 700))
+    torch.set_num_threads(1 + torch.distributed.get_rank())
+    try:
+        colrow.parallelize(model, mesh, PLAN)
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_weights_are_compared_whatever_the_threads(ranks: Callable[[int], Pool]) -> None:
+    ranks(2).run(_threads)

@@ -5,19 +5,24 @@ from colrow.checkpoint import load_pretrained, save_pretrained
 from colrow.collectives import comm_stats, reset_comm_stats
 from colrow.errors import PlanError, RankFailure
 from colrow.layers import cross_entropy
+from colrow.matmul import Grid, MatmulResult, matmul
 from colrow.mesh import init_mesh
 from colrow.parameters import ParameterCount, clip_grad_norm_, count_parameters, global_grad_norm
 from colrow.plan import HandPlan, Plan
 from colrow.randomness import manual_seed
+from colrow.replicas import check_replicas
 from colrow.state import state_of
 
 __all__ = [
+    "Grid",
     "HandPlan",
+    "MatmulResult",
     "ParameterCount",
     "Plan",
     "PlanError",
     "RankFailure",
     "ShardedLogits",
+    "check_replicas",
     "clip_grad_norm_",
     "comm_stats",
     "count_parameters",
@@ -26,6 +31,7 @@ __all__ = [
     "init_mesh",
     "load_pretrained",
     "manual_seed",
+    "matmul",
     "parallelize",
     "reset_comm_stats",
     "save_pretrained",

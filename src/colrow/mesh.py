@@ -53,6 +53,8 @@ def init_mesh(
     if device is None:
         local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         device = "cuda" if torch.cuda.is_available() and torch.cuda.device_count() >= local_ranks else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device='cuda' was asked for, but torch finds no GPU here")
     if device not in ("cpu", "cuda"):
         raise ValueError(f"device must be 'cpu' or 'cuda', not {device!r}")
     _check_world(dp, tp)
@@ -92,3 +94,9 @@ def _check_world(dp: int, tp: int) -> None:
 
 def _divisors(number: int) -> Iterator[int]:
     return (size for size in range(1, number + 1) if number % size == 0)
+
+
+def root_mesh(mesh: DeviceMesh) -> DeviceMesh:
+    """The mesh with all its dimensions that ``mesh`` is a part of; itself if it is no part."""
+    root: DeviceMesh = mesh._get_root_mesh()
+    return root

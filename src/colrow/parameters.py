@@ -43,8 +43,8 @@ def count_parameters(model: nn.Module) -> ParameterCount:
 def global_grad_norm(model: nn.Module, norm_type: float = 2.0) -> Tensor:
     """Norm of all gradients as if they were one vector on one device, the same on every rank.
 
-    One all-reduce of one number. Sharded gradients are summed over the tensor-parallel ranks, replicated
-    and tied ones are counted once.
+    One all-reduce of a few numbers, which also checks that the ranks have gone through the same collectives.
+    Sharded gradients are summed over the tensor-parallel ranks, replicated and tied ones are counted once.
 
     Args:
         model: a parallelized model after backward.
@@ -52,8 +52,11 @@ def global_grad_norm(model: nn.Module, norm_type: float = 2.0) -> Tensor:
 
     Returns:
         A float64 scalar on the gradients' device; 0 if there are no gradients.
+
+    Raises:
+        RuntimeError: if the ranks have issued different collectives since they began.
     """
-    state = state_of(model)
+    ranks = state_of(model).communicator
     sharded: list[Tensor] = []
     replicated: list[Tensor] = []
     for placed in placed_parameters(model):
@@ -62,8 +65,20 @@ def global_grad_norm(model: nn.Module, norm_type: float = 2.0) -> Tensor:
     device = (sharded + replicated)[0].device if sharded or replicated else torch.device("cpu")
     own, common = (_power_sum(gradients, norm_type, device) for gradients in (sharded, replicated))
     is_max = norm_type == float("inf")
-    own = state.communicator.all_reduce(own, "max" if is_max else "sum", label="gradient norm")
-    return torch.maximum(own, common) if is_max else (own + common) ** (1 / norm_type)
+    # what is not a number goes separately: the transports' maximum may lose it
+    is_nan = own.isnan()
+    sequence = torch.tensor(float(ranks.sequence), dtype=torch.float64, device=device)
+    mine = torch.stack([own.nan_to_num(0.0, float("inf")), is_nan.double(), sequence, -sequence])
+    total = ranks.all_reduce(mine, "max" if is_max else "sum", label="gradient norm")
+    # for a sum the mean must be this rank's own, for a maximum the largest and the smallest
+    agreed = total[2:] == mine[2:] * (1 if is_max else ranks.size)
+    if not agreed.all():
+        raise RuntimeError(
+            "the ranks have not gone through the same collectives, so their gradients mean nothing: give "
+            "all ranks the same batches, hooks and requires_grad (colrow.comm_stats() shows what each did)"
+        )
+    norm = torch.maximum(total[0], common) if is_max else (total[0] + common) ** (1 / norm_type)
+    return torch.where(total[1] > 0, torch.nan, norm)
 
 
 def _power_sum(gradients: list[Tensor], norm_type: float, device: torch.device) -> Tensor:

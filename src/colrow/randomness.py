@@ -13,8 +13,11 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from colrow.collectives import Communicator
+from colrow.mesh import root_mesh
 
 _MASK = (1 << 63) - 1
+_SEED_BITS, _REGION_MARK = 47, 0x5C07
+"""Seeds of regions begin with a mark, by which a generator's state shows that it belongs to a region."""
 
 
 def _mix(seed: int, position: int) -> int:
@@ -31,59 +34,104 @@ def manual_seed(seed: int, mesh: DeviceMesh) -> None:
     The first replica gets ``seed`` itself, as ``torch.manual_seed(seed)`` would give it. Initialise the
     replicas' weights under one seed before calling this with ``dp`` above 1.
     """
-    names = mesh.mesh_dim_names or ()
-    replica = mesh.get_local_rank("dp") if "dp" in names else 0
+    mesh = root_mesh(mesh)
+    replica = mesh.get_local_rank("dp") if "dp" in (mesh.mesh_dim_names or ()) else 0
     torch.manual_seed(seed if replica == 0 else _mix(seed, replica))
 
 
 class RegionRandomness:
     """Switches between the common stream and this rank's stream at the borders of regions.
 
-    One object serves all regions of a model; they do not nest. Only training needs it: what draws no random
-    numbers pays two small copies of the generator's state.
+    One object serves all regions of a model. A region is named; the layers that read its input enter it, the
+    row-parallel layer that sums over it leaves it, both within its *scope*, the module that holds them. Only
+    training needs it: what draws no random numbers pays two small copies of the generator's state.
     """
 
     def __init__(self, communicator: Communicator) -> None:
         self._communicator = communicator
-        self._generator: torch.Generator = torch.default_generator
+        self._scopes: list[str] = []
+        self._open: list[str] = []
         self._outside: torch.Tensor | None = None
         self._seed = 0
-        self._inside: tuple[str, set[str]] = ("", set())
+        self._generator: torch.Generator | None = None
+        self._partly_left: torch.Tensor | None = None
 
-    def enter(self, device: torch.device, region: str, member: str) -> None:
-        """Begin ``region``, unless it has begun.
+    def begin_scope(self, region: str, is_training: bool) -> None:
+        """The forward of the module that holds ``region`` begins."""
+        if not self._scopes:
+            self.abandon()  # an earlier pass may have been interrupted inside a region
+        self._scopes.append(region if is_training else "")
 
-        ``member`` is one of the layers that read the region's input; the first of them begins it. If the
-        same one comes again, or one of another region, then the last pass was left inside the region.
-        """
-        if self._outside is not None:
-            name, members = self._inside
-            if name == region and member not in members:
-                members.add(member)
-                return
+    def end_scope(self) -> None:
+        """The forward ends, also by an exception: a region that is still open is left."""
+        if self._scopes:
+            self._scopes.pop()
+        if not self._scopes:
             self.abandon()
-        self._generator = _default_generator(device)
+
+    def enter(self, device: torch.device, region: str) -> None:
+        """Begin ``region`` unless it has begun, or the forward that holds it is not running."""
+        is_backward = torch._C._current_graph_task_id() != -1  # activation checkpointing recomputes there
+        if region not in self._scopes and not is_backward:
+            return
+        generator = _default_generator(device)
+        if self._outside is not None and generator.initial_seed() != self._seed:
+            self._forget()  # a recomputation ended inside a region, and the stream was put back
+        if self._outside is not None:
+            if region not in self._open:
+                self._open.append(region)
+            return
+        if generator.initial_seed() >> _SEED_BITS == _REGION_MARK:
+            return  # a recomputation that began inside a region has the region's stream already
         # drawn on the host, whatever the device: no synchronisation, and the same on all ranks
         drawn = int(torch.randint(_MASK, (1,)))
-        self._seed = _mix(drawn, self._communicator.rank)
-        self._outside = self._generator.get_state()
-        self._generator.manual_seed(self._seed)
-        self._inside = (region, {member})
+        mixed = _mix(drawn, self._communicator.rank) & ((1 << _SEED_BITS) - 1)
+        self._generator, self._seed = generator, (_REGION_MARK << _SEED_BITS) | mixed
+        self._outside, self._open = generator.get_state(), [region]
+        generator.manual_seed(self._seed)
 
-    def leave(self) -> None:
-        """End the region, if one has begun: the common stream goes on where it was."""
-        if self._outside is not None:
-            self._generator.set_state(self._outside)
-            self._outside = None
+    def leave(self, region: str) -> None:
+        """End ``region``, if it has begun: the common stream goes on where it was.
+
+        Raises:
+            RuntimeError: if which stream to draw from cannot be told: two regions overlapped and something
+                was drawn while one of them had ended, or activation checkpointing recomputes a part that
+                begins inside the region and ends outside of it.
+        """
+        if self._outside is None or self._generator is None:
+            generator = torch.default_generator if self._generator is None else self._generator
+            if generator.initial_seed() >> _SEED_BITS == _REGION_MARK:
+                raise RuntimeError(
+                    f"activation checkpointing recomputes a part that begins inside the region of {region} "
+                    "and ends outside, so its random numbers cannot be replayed: checkpoint whole blocks"
+                )
+            return
+        if region in self._open:
+            self._open.remove(region)
+        if self._open:
+            self._partly_left = self._generator.get_state()
+            return
+        ambiguous = self._partly_left is not None and not torch.equal(
+            self._partly_left, self._generator.get_state()
+        )
+        self.abandon()
+        if ambiguous:
+            raise RuntimeError(
+                f"the region of {region} overlaps another, and random numbers were drawn while only one of "
+                "them had ended, so it cannot be told whether all ranks should draw the same: use no dropout "
+                "between the two, or compute one region after the other"
+            )
 
     def abandon(self) -> None:
-        """End a region that the last pass did not: an exception, or a recomputation that stopped early.
+        """End whatever has begun, and put the common stream back unless somebody else has done so."""
+        generator = self._generator
+        if self._outside is not None and generator is not None and generator.initial_seed() == self._seed:
+            generator.set_state(self._outside)
+        self._forget()
 
-        Activation checkpointing has then put the common stream back itself, which shows in the seed.
-        """
-        if self._outside is not None and self._generator.initial_seed() == self._seed:
-            self._generator.set_state(self._outside)
-        self._outside = None
+    def _forget(self) -> None:
+        self._outside = self._partly_left = None
+        self._open = []
 
 
 def _default_generator(device: torch.device) -> torch.Generator:

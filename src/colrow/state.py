@@ -16,6 +16,16 @@ from colrow.plan import Plan
 _ATTRIBUTE = "_colrow_state"
 
 
+def root_mesh(mesh: DeviceMesh) -> DeviceMesh:
+    """The mesh that ``mesh`` was sliced from, or itself: its ranks are those that hold the model."""
+    if hasattr(mesh, "_get_root_mesh"):
+        return mesh._get_root_mesh()
+    from torch.distributed.device_mesh import _mesh_resources  # torch before 2.10
+
+    root: DeviceMesh = _mesh_resources.get_root_mesh(mesh)
+    return root
+
+
 @dataclass(frozen=True)
 class ParallelState:
     """Attached to the model by ``colrow.parallelize``.
@@ -34,9 +44,11 @@ class ParallelState:
 
     @property
     def is_first_replica(self) -> bool:
-        """Whether this rank belongs to the first of the model's replicas: the one that writes files."""
-        names = self.mesh.mesh_dim_names or ()
-        return all(self.mesh.get_local_rank(name) == 0 for name in names if name != "tp")
+        """Whether this rank belongs to the first of the model's replicas: the one that writes files.
+
+        That is the group with the first rank of the whole mesh, also if ``mesh`` is one dimension of it.
+        """
+        return int(root_mesh(self.mesh).mesh.flatten()[0]) in self.communicator.global_ranks
 
     def __deepcopy__(self, memo: dict[int, object]) -> ParallelState:
         return self  # immutable, and process groups cannot be copied
@@ -65,17 +77,18 @@ def attach_state(model: nn.Module, state: ParallelState) -> None:
 
 
 def parallel_module(model: nn.Module) -> nn.Module:
-    """The module that was parallelized: ``model``, or what DDP or ``torch.compile`` wrapped.
+    """The module that was parallelized: ``model`` itself, or what a wrapper (DDP, PEFT, compile) holds.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if there is none, or more than one.
     """
-    inner: object = model
-    while isinstance(inner, nn.Module):
-        if _ATTRIBUTE in vars(inner):
-            return inner
-        inner = getattr(inner, "module", None) or getattr(inner, "_orig_mod", None)
-    raise ValueError(f"this {type(model).__name__} has not been parallelized: call colrow.parallelize first")
+    found = [module for module in model.modules() if _ATTRIBUTE in vars(module)]
+    if len(found) == 1:
+        return found[0]
+    kind = type(model).__name__
+    if found:
+        raise ValueError(f"this {kind} holds {len(found)} parallelized models: pass one of them")
+    raise ValueError(f"this {kind} has not been parallelized: call colrow.parallelize first")
 
 
 def is_parallelized(model: nn.Module) -> bool:
@@ -94,8 +107,15 @@ def state_of(model: nn.Module) -> ParallelState:
 
 
 def placed_parameters(model: nn.Module) -> Iterator[PlacedParameter]:
-    """Each parameter of a parallelized model once, tied ones under all their names, in the model's order."""
+    """Each parameter of ``model`` once, tied ones under all their names, in the model's order.
+
+    Parameters that were added after ``parallelize``, or that a wrapper adds, count as replicated. Names are
+    those within the parallelized module, where it has them.
+    """
     module, state = parallel_module(model), state_of(model)
     names = names_by_parameter(module)
-    for name, parameter in module.named_parameters():
-        yield PlacedParameter(name, tuple(names[id(parameter)]), parameter, state.layouts[name])
+    outer = {} if model is module else names_by_parameter(model)
+    for parameter in model.parameters():
+        known = tuple(names.get(id(parameter)) or outer[id(parameter)])
+        layout = state.layouts.get(known[0]) if id(parameter) in names else None
+        yield PlacedParameter(known[0], known, parameter, layout or TensorLayout(tuple(parameter.shape)))

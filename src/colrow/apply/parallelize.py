@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import copy
-from typing import Literal
+from typing import Any, Literal, cast
 
-import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from colrow.apply.check import check_plan
 from colrow.apply.loss import ParallelLoss
+from colrow.apply.regions import Scope, find_regions
 from colrow.apply.shadow import PartialParameters
 from colrow.collectives import Communicator, communicator
 from colrow.errors import PlanError
 from colrow.layers import SharedEntry, VocabParallelEmbedding, column_parallel, row_parallel
+from colrow.layers.linear import ColumnParallel, RowParallel
 from colrow.plan import HandPlan, LocalAttribute, Plan
 from colrow.randomness import RegionRandomness
+from colrow.replicas import check_equal_weights
 from colrow.state import ParallelState, attach_state, is_parallelized
 
 
@@ -54,17 +57,8 @@ def parallelize(
         raise PlanError(
             "", f"the plan is for {plan.ranks} ranks, the mesh has {ranks.size}", "Make a new one."
         )
-    for name in plan.parameters:
-        try:
-            model.get_parameter(name)
-        except AttributeError as error:
-            raise PlanError(name, "the model has no such parameter", "Make a new plan for it.") from error
-    shapes = {name: tuple(one.shape) for name, one in model.named_parameters(remove_duplicate=False)}
-    try:
-        layouts = {name: plan.tensor_layout(name, shape) for name, shape in shapes.items()}
-    except ValueError as error:
-        raise PlanError("", f"the plan is of another model: {error}", "Make a new one.") from error
-    _check_equal_weights(model, ranks)
+    layouts = check_plan(plan, model)  # all of it before anything is changed
+    check_equal_weights(model, ranks)
     _Applier(model, ranks, plan).apply(logits == "gather")
     attach_state(model, ParallelState(mesh, ranks, plan, layouts))
     return model
@@ -77,49 +71,50 @@ class _Applier:
 
     def apply(self, gather_logits: bool) -> None:
         plan = self.plan
-        logits = plan.loss.logits if plan.loss else None
+        shared = {
+            entry: SharedEntry(self.ranks, f"enter {', '.join(entry.modules)}", len(entry.modules))
+            for entry in plan.entries
+            # a layer that enters alone overlaps the reduction with its own weight gradient
+            if len(entry.modules) > 1
+        }
         for entry in plan.entries:
-            shared = SharedEntry(self.ranks, f"enter {', '.join(entry.modules)}")
             for path in entry.modules:
-                sharding = plan.parameters[f"{path}.weight"]
-                opening = column_parallel(
+                column_parallel(
                     self.model.get_submodule(path),
                     self.ranks,
-                    layout=sharding.layout,
-                    cut=plan.axes[sharding.axis].cut,
-                    # a layer that enters alone overlaps the reduction with its own weight gradient
-                    entry=shared if len(entry.modules) > 1 else None,
+                    entry=shared.get(entry),
                     label=path,
+                    **self._placed(path),
                 )
-                if path != logits:
-                    opening.begin_region(self.region, entry.modules[0])
         for exit in plan.exits:
-            sharding = plan.parameters[f"{exit.module}.weight"]
-            closing = row_parallel(
+            row_parallel(
                 self.model.get_submodule(exit.module),
                 self.ranks,
-                layout=sharding.layout,
-                cut=plan.axes[sharding.axis].cut,
                 label=exit.module,
+                **self._placed(exit.module),
             )
-            closing.end_region(self.region)
         for lookup in plan.lookups:
-            sharding = plan.parameters[f"{lookup.module}.weight"]
-            embedding = self.model.get_submodule(lookup.module)
-            if not isinstance(embedding, nn.Embedding):
-                raise PlanError(lookup.module, "it is not an embedding", "Correct the plan.")
-            cut = plan.axes[sharding.axis].cut
+            embedding = cast(nn.Embedding, self.model.get_submodule(lookup.module))
             VocabParallelEmbedding.from_module(
-                embedding, self.ranks, layout=sharding.layout, cut=cut, label=lookup.module
+                embedding, self.ranks, label=lookup.module, **self._placed(lookup.module)
             )
+        for region in find_regions(plan, self.model):
+            for path in region.columns:
+                cast(ColumnParallel, self.model.get_submodule(path)).begin_region(self.region, region.name)
+            for path in region.exits:
+                cast(RowParallel, self.model.get_submodule(path)).end_region(self.region, region.name)
+            scope = Scope(region.name, self.region, shared.get(region.entry))
+            scope.attach(self.model.get_submodule(region.scope))
         self._partial_parameters()
         for attribute in plan.attributes:
             self._localise(attribute)
         if plan.loss is not None:
             cut = plan.axes[plan.loss.axis].cut
             ParallelLoss(plan.loss, self.ranks, cut, gather_logits).attach(self.model)
-        # a forward that was interrupted inside a region must not leave the next one there
-        self.model.register_forward_pre_hook(_AbandonRegion(self.region), prepend=True)
+
+    def _placed(self, path: str) -> dict[str, Any]:
+        sharding = self.plan.parameters[f"{path}.weight"]
+        return {"layout": sharding.layout, "cut": self.plan.axes[sharding.axis].cut}
 
     def _partial_parameters(self) -> None:
         by_module: dict[str, list[str]] = {}
@@ -140,35 +135,3 @@ class _Applier:
             holder = duplicate
         whole = getattr(holder, last)
         setattr(holder, last, whole // cut.units * cut.count(self.ranks.rank))
-
-
-class _AbandonRegion:
-    def __init__(self, region: RegionRandomness) -> None:
-        self._region = region
-
-    def __call__(self, module: nn.Module, arguments: object) -> None:
-        self._region.abandon()
-
-
-def _check_equal_weights(model: nn.Module, ranks: Communicator) -> None:
-    """All ranks must slice one model: shards of different models would train, and mean nothing."""
-    named = [(name, one) for name, one in model.named_parameters() if not one.is_meta]
-    if ranks.size == 1 or not named:
-        return
-    sums: list[torch.Tensor] = []
-    with torch.no_grad():
-        for _, parameter in named:
-            values = parameter.detach().float() if parameter.element_size() < 4 else parameter.detach()
-            sums.extend((values.sum(dtype=torch.float64), values.abs().sum(dtype=torch.float64)))
-    mine = torch.stack([one.to(named[0][1].device) for one in sums]).nan_to_num()
-    largest, smallest = ranks.all_reduce(
-        torch.stack([mine, -mine]), "max", label="compare the ranks' weights"
-    ).unbind()
-    differ = (largest != -smallest).view(-1, 2).any(1)
-    if differ.any():
-        name = named[int(differ.nonzero()[0])][0]
-        raise PlanError(
-            name,
-            "the ranks hold different weights",
-            "Call torch.manual_seed with one seed on all ranks before building the model, or load one file.",
-        )

@@ -7,7 +7,9 @@ backward may be shared and a forward input may be saved by autograd.
 
 from __future__ import annotations
 
+import math
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -23,6 +25,8 @@ from colrow.collectives.statistics import Call, CommStats, current_phase
 Group: TypeAlias = "Communicator | dist.ProcessGroup | DeviceMesh"
 """What the public functions accept as a group of ranks: a mesh means its only dimension, or ``tp``."""
 
+_SAME_SIZE = ("all_reduce", "reduce_scatter", "broadcast")
+"""Collectives whose payload is of one size on all ranks."""
 _REDUCTIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
 # torch 2.13 renamed these two and warns about the old names
 _gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -39,6 +43,8 @@ class Communicator:
         size: number of ranks in the group.
         global_ranks: the job-wide ranks of the members, in group order.
         statistics: count and bytes of all collectives since start or the last reset.
+        sequence: a checksum of the collectives so far, in order: equal on all ranks unless they went
+            different ways.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -47,6 +53,7 @@ class Communicator:
         self.size = dist.get_world_size(group)
         self.global_ranks = tuple(dist.get_process_group_ranks(group))
         self.statistics = CommStats()
+        self.sequence = 0
         self._is_gloo = dist.get_backend(group) == "gloo"
         self._subgroups: dict[tuple[int, ...], Communicator] = {}
         register_member()
@@ -61,12 +68,14 @@ class Communicator:
         self,
         operation: str,
         label: str,
-        payload: Tensor,
+        payload: int,
         start: Callable[[], dist.Work | None],
         finish: Callable[[], Tensor],
     ) -> Pending:
-        call = Call(operation, label, current_phase(), payload.numel() * payload.element_size())
+        call = Call(operation, label, current_phase(), payload)
         self.statistics.record(call)
+        common = payload if operation in _SAME_SIZE else ""
+        self.sequence = zlib.crc32(f"{operation}{label}{common}".encode(), self.sequence)
         begin = time.perf_counter()
         try:
             work = start()
@@ -101,7 +110,7 @@ class Communicator:
         return self._begin(
             "all_reduce",
             label,
-            tensor,
+            _bytes(tensor),
             lambda: dist.all_reduce(buffer, _REDUCTIONS[reduction], group=self.group, async_op=True),
             lambda: buffer.to(tensor.dtype),
         )
@@ -119,10 +128,11 @@ class Communicator:
         """
         if self.size == 1:
             return Pending.completed(shard.clone())
-        dimension %= shard.dim()
+        dimension = _dimension(dimension, shard)
         sizes = self._check_sizes(sizes, shard.shape[dimension])
         if sizes[self.rank] != shard.shape[dimension]:
             raise ValueError(f"rank {self.rank} holds {shard.shape[dimension]}, not {sizes[self.rank]}")
+        rest = math.prod(shard.shape[:dimension] + shard.shape[dimension + 1 :])
         largest = max(sizes)
         source = _pad(shard, dimension, largest).contiguous()
         stacked = source.new_empty((self.size, *source.shape))
@@ -136,7 +146,7 @@ class Communicator:
         return self._begin(
             "all_gather",
             label,
-            stacked,
+            shard.element_size() * rest * sum(sizes),
             lambda: _gather_into(
                 stacked.view(-1),
                 source.view(-1),
@@ -159,7 +169,7 @@ class Communicator:
         """
         if self.size == 1:
             return Pending.completed(tensor.clone())
-        dimension %= tensor.dim()
+        dimension = _dimension(dimension, tensor)
         extent = tensor.shape[dimension]
         if sizes is None and extent % self.size:
             raise ValueError(f"{extent} cannot be cut over {self.size} ranks equally: give sizes")
@@ -174,7 +184,7 @@ class Communicator:
         return self._begin(
             "reduce_scatter",
             label,
-            tensor,
+            _bytes(tensor),
             lambda: _scatter_reduced(own.view(-1), source.view(-1), group=self.group, async_op=True),
             lambda: own.narrow(dimension, 0, sizes[self.rank]).contiguous().to(tensor.dtype),
         )
@@ -201,8 +211,9 @@ class Communicator:
         """
         if self.size == 1:
             return Pending.completed(tensor.clone())
-        split_dimension %= tensor.dim()
-        concat_dimension %= tensor.dim()
+        split_dimension, concat_dimension = (
+            _dimension(one, tensor) for one in (split_dimension, concat_dimension)
+        )
         split_sizes = self._check_sizes(split_sizes, 0)
         concat_sizes = self._check_sizes(concat_sizes, 0)
         if (
@@ -225,7 +236,7 @@ class Communicator:
         return self._begin(
             "all_to_all",
             label,
-            source,
+            _bytes(source),
             lambda: dist.all_to_all_single(
                 received,
                 source,
@@ -257,7 +268,7 @@ class Communicator:
         return self._begin(
             "broadcast",
             label,
-            buffer,
+            _bytes(buffer),
             lambda: dist.broadcast(buffer, root, group=self.group, async_op=True),
             lambda: buffer,
         )
@@ -280,7 +291,7 @@ class Communicator:
         return self._begin(
             "reduce",
             label,
-            tensor,
+            _bytes(tensor),
             lambda: dist.reduce(buffer, root, group=self.group, async_op=True),
             lambda: buffer.to(tensor.dtype),
         )
@@ -322,7 +333,7 @@ class Communicator:
         pending = self._begin(
             "gather",
             label,
-            source,
+            _bytes(source),
             lambda: dist.all_to_all_single(
                 received,
                 source,
@@ -389,6 +400,21 @@ class Communicator:
         if len(sizes) != self.size:
             raise ValueError(f"got sizes of {len(sizes)} ranks for a group of {self.size}")
         return sizes
+
+
+def _dimension(dimension: int, tensor: Tensor) -> int:
+    """A dimension counted from the front.
+
+    Raises:
+        IndexError: if the tensor has no such dimension.
+    """
+    if not -tensor.dim() <= dimension < tensor.dim():
+        raise IndexError(f"a tensor of shape {list(tensor.shape)} has no dimension {dimension}")
+    return dimension % tensor.dim()
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def _pad(tensor: Tensor, dimension: int, size: int) -> Tensor:

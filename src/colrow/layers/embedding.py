@@ -146,6 +146,17 @@ class VocabParallelEmbedding(nn.Embedding):
         self._start, self._stop = self.cut.start(rank) * inner, self.cut.stop(rank) * inner
         self.num_embeddings = self._stop - self._start
 
+    def reset_parameters(self) -> None:
+        """Initialise, before the table is cut: afterwards each rank would draw the same shard.
+
+        Raises:
+            RuntimeError: if the table has been cut.
+        """
+        if hasattr(self, "communicator"):
+            raise RuntimeError(f"{self.label} is cut: initialise a table before it is made parallel")
+        super().reset_parameters()
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, ids: Tensor) -> Tensor:
         """``ids`` [...], integers, equal on all ranks -> [..., embedding_dim], I.
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from weakref import ref
-
 import torch
 from torch import Tensor
 
@@ -16,21 +14,28 @@ class SharedEntry:
     Each entry costs an all-reduce in the backward pass. Layers that share an entry get the same entered
     tensor as long as they are given the same tensor; given another one (as in cross-attention, where q reads
     one value and k and v another), they enter that.
+
+    Args:
+        communicator: the tensor-parallel group.
+        label: names the reduction in errors and statistics.
+        members: number of layers that share it; when so many have read a value it is let go of. 0: unknown;
+            then :meth:`forget` must be called.
     """
 
-    def __init__(self, communicator: Communicator, label: str) -> None:
+    def __init__(self, communicator: Communicator, label: str, members: int = 0) -> None:
         self._enter = Enter(communicator, label)
-        self._value: ref[Tensor] | None = None
-        self._entered: Tensor | None = None
-        self._version = -1
+        self._members = members
+        self.forget()
 
-    def _forget(self, value: ref[Tensor]) -> None:
-        if self._value is value:
-            self._value = self._entered = None
+    def forget(self) -> None:
+        """Let go of the last value."""
+        self._value: Tensor | None = None
+        self._entered: Tensor | None = None
+        self._version, self._reads = -1, 0
 
     def __deepcopy__(self, memo: dict[int, object]) -> SharedEntry:
         # layers that shared an entry share the copy of it; memo is keyed by identity
-        copied = SharedEntry(self._enter.communicator, self._enter.label)
+        copied = SharedEntry(self._enter.communicator, self._enter.label, self._members)
         memo[id(self)] = copied
         return copied
 
@@ -38,10 +43,12 @@ class SharedEntry:
         """The entered ``value``; no autograd node unless a gradient will come back."""
         if not (value.requires_grad and torch.is_grad_enabled()):
             return value
-        known = self._value() if self._value is not None else None
-        if self._entered is not None and known is value and self._version == value._version:
-            return self._entered
-        entered = self._enter(value)
-        # the entered tensor shares the value's memory and is forgotten with it: no activation is kept alive
-        self._value, self._entered, self._version = ref(value, self._forget), entered, value._version
+        if self._value is not value or self._version != value._version:
+            self._value, self._version, self._reads = value, value._version, 0
+            self._entered = self._enter(value)
+        self._reads += 1
+        entered = self._entered
+        assert entered is not None
+        if self._reads == self._members:
+            self.forget()  # all have read it: no activation is kept alive
         return entered

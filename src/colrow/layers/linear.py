@@ -28,8 +28,9 @@ from colrow.randomness import RegionRandomness
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, out_first: bool) -> Tensor:
     if out_first:
         return F.linear(x, weight, bias)
-    result = x @ weight
-    return result if bias is None else result + bias
+    if bias is None:
+        return x @ weight
+    return torch.addmm(bias, _rows(x), weight).view(*x.shape[:-1], weight.shape[1])  # as Conv1D does
 
 
 def _input_gradient(gradient: Tensor, weight: Tensor, out_first: bool) -> Tensor:
@@ -133,6 +134,7 @@ class _ParallelLinear(nn.Module):
     features: DimensionLayout
     cut: Cut
     region: RegionRandomness | None
+    _region_name = ""
 
     def _take_shard(
         self, group: Group, label: str, layout: DimensionLayout | None, cut: Cut | None, output: bool
@@ -152,6 +154,16 @@ class _ParallelLinear(nn.Module):
         if output:
             shard_parameter(self._parameters["bias"], TensorLayout((sizes[0],), {0: placed}), ranks.rank)
         setattr(self, names[axis], self.features.local_size(self.cut, ranks.rank))
+
+    def reset_parameters(self) -> None:
+        """Initialise, before the layer is cut: afterwards each rank would draw the same shard.
+
+        Raises:
+            RuntimeError: if the layer has been cut.
+        """
+        if hasattr(self, "communicator"):
+            raise RuntimeError(f"{self.label} is cut: initialise a layer before it is made parallel")
+        super().reset_parameters()  # type: ignore[misc]
 
     @property
     def _operands(self) -> tuple[Tensor, Tensor | None]:
@@ -173,7 +185,6 @@ class ColumnParallel(_ParallelLinear):
 
     entry: SharedEntry | None
     reads: Literal["I", "R"]
-    _region_name = ""
     gather_output: bool
 
     def _become_column(
@@ -195,6 +206,7 @@ class ColumnParallel(_ParallelLinear):
         """From this layer's output on, random numbers differ by rank, until the region ``name`` ends."""
         self.region, self._region_name = region, name
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, x: Tensor) -> Tensor:
         """``x`` [..., in features], I (or R) -> [..., this rank's out features], V, or all of them, I."""
         if self.entry is not None:
@@ -204,8 +216,8 @@ class ColumnParallel(_ParallelLinear):
         else:
             operands = _autocast(x, *self._operands)
             y = _ColumnLinear.apply(*operands, self.communicator, f"enter {self.label}", self._out_first)
-        if self.region is not None and self.training:
-            self.region.enter(y.device, self._region_name, self.label)
+        if self.region is not None:
+            self.region.enter(y.device, self._region_name)
         if self.gather_output:
             label = f"gather {self.label}"
             y = AllGather(self.communicator, label, y.dim() - 1, self.sizes, "I")(y)
@@ -230,14 +242,15 @@ class RowParallel(_ParallelLinear):
             raise ValueError("a row-parallel layer can slice its input only along consecutive features")
         self.reads = reads
 
-    def end_region(self, region: RegionRandomness) -> None:
+    def end_region(self, region: RegionRandomness, name: str) -> None:
         """From this layer's output on, random numbers agree on all ranks."""
-        self.region = region
+        self.region, self._region_name = region, name
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, x: Tensor) -> Tensor:
         """``x`` [..., this rank's in features], V (or all of them, I) -> [..., out features], I."""
         if self.region is not None:
-            self.region.leave()
+            self.region.leave(self._region_name)
         if self.reads == "I":
             x = Slice(self.communicator, f"slice {self.label}", x.dim() - 1, self.sizes, "I")(x)
         operands = _autocast(x, *self._operands)

@@ -64,6 +64,7 @@ BERT = HandPlan(
         "cls.predictions.decoder": column("vocab"),
     },
     loss=LossSpec("cls.predictions.decoder"),
+    holders=("cls.predictions",),  # its bias is the decoder's, which adds it
     optional=frozenset({"cls.predictions.decoder"}),
 )
 """BERT encoders, with or without the masked-language-model head."""

@@ -108,6 +108,7 @@ class HandPlan:
         styles: by pattern over module paths.
         attributes: pattern over paths of integers (``**.attn.split_size``) to the axis they are cut along.
         loss: the layer whose logits go into the model's own loss; ignored if the model does not have it.
+        holders: modules that hold a tied parameter without reading it, if the model has them.
         optional: patterns of ``styles`` and ``attributes`` that need not match anything.
     """
 
@@ -115,6 +116,7 @@ class HandPlan:
     styles: dict[str, Style]
     attributes: dict[str, str] = field(default_factory=dict)
     loss: LossSpec | None = None
+    holders: tuple[str, ...] = ()
     optional: frozenset[str] = frozenset()
 
     def resolve(self, model: nn.Module, ranks: int, share: Sequence[float] | None = None) -> Plan:
@@ -163,17 +165,17 @@ class _Resolver:
     def plan(self) -> Plan:
         styles = self._match_styles()
         columns: dict[str, list[str]] = {}
-        exits, lookups, partial = [], [], []
+        exits, lookups = [], []
         for path, style in styles.items():
-            if style.kind == "replicated":
-                partial.extend(self._partial_parameters(path, style))
-            elif self._cut_module(path, style):
+            if style.kind != "replicated" and self._cut_module(path, style):
                 if style.kind == "column":
                     columns.setdefault(path.rpartition(".")[0], []).append(path)
                 elif style.kind == "row":
                     exits.append(Exit(path))
                 else:
                     lookups.append(Lookup(path))
+        # which axes are cut is known only now
+        partial = [one for path, style in styles.items() for one in self._partial_parameters(path, style)]
         loss = self._loss()
         self._check_regions(styles, loss)
         if self.ranks > 1 and self.whole and not self.axes:
@@ -192,6 +194,7 @@ class _Resolver:
             partial_parameters=tuple(partial),
             attributes=tuple(self._attributes()),
             loss=loss,
+            holders=tuple(path for path in self.spec.holders if path in self.modules),
             notes=tuple(self.whole.values()),
         )
 
@@ -290,19 +293,25 @@ class _Resolver:
                 )
 
     def _partial_parameters(self, path: str, style: Style) -> list[PartialParameter]:
-        if not style.axis:
+        if style.kind != "replicated" or not style.axis:
             return []
         own = [f"{path}.{name}" for name, _ in self.modules[path].named_parameters(recurse=False)]
         if not own:
             raise PlanError(path, "it has no parameters of its own", "Name the modules that hold them.")
-        axis = self._axis(style.axis, path, 0)
-        return [PartialParameter(name) for name in own] if axis else []
+        if style.axis not in self.spec.axes:
+            raise PlanError(path, f"there is no axis {style.axis!r}", f"Name one of {list(self.spec.axes)}.")
+        is_cut = any(name == style.axis or name.startswith(f"{style.axis}[") for name in self.axes)
+        return [PartialParameter(name) for name in own] if is_cut else []
 
     def _attributes(self) -> list[LocalAttribute]:
         found = []
         for pattern, axis in self.spec.attributes.items():
+            if axis not in self.spec.axes:
+                raise PlanError(pattern, f"there is no axis {axis!r}", f"Name one of {list(self.spec.axes)}.")
             if axis in self.whole:
                 continue
+            if axis not in self.axes:
+                raise PlanError(pattern, f"no layer is cut along {axis!r}", "Give a layer that axis.")
             parent, _, attribute = pattern.rpartition(".")
             matcher = _compile(parent)
             paths = [
@@ -328,6 +337,8 @@ class _Resolver:
         spec = self.spec.loss
         if spec is None or spec.axis in self.whole or spec.logits not in self.modules:
             return None
+        if spec.axis not in self.axes:
+            raise PlanError(spec.logits, f"no layer is cut along {spec.axis!r}", "Correct the loss's axis.")
         root = self.modules[spec.module]
         sizes = []
         for path in spec.sizes:
@@ -341,12 +352,8 @@ class _Resolver:
     def _check_regions(self, styles: dict[str, Style], loss: Loss | None) -> None:
         closed = {style.axis for style in styles.values() if style.kind == "row"}
         for path, style in styles.items():
-            if (
-                style.kind == "column"
-                and style.axis not in closed
-                and style.axis not in self.whole
-                and (loss is None or style.axis != loss.axis)
-            ):
+            is_logits = loss is not None and path == loss.logits
+            if style.kind == "column" and style.axis not in closed | self.whole.keys() and not is_logits:
                 raise PlanError(
                     path,
                     f"its features are cut along {style.axis!r}, but no row-parallel layer sums over them",

@@ -105,6 +105,7 @@ class Plan:
         parameters: by fully qualified name; what is not named stays replicated.
         entries, exits, lookups, partial_parameters, attributes: the actions.
         loss: the vocabulary-parallel loss, if the model computes one.
+        holders: modules that hold a tied parameter without reading it.
         notes: what stayed whole against expectation, and why; for people.
     """
 
@@ -117,6 +118,7 @@ class Plan:
     partial_parameters: tuple[PartialParameter, ...] = ()
     attributes: tuple[LocalAttribute, ...] = ()
     loss: Loss | None = None
+    holders: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
     def tensor_layout(self, name: str, shape: tuple[int, ...]) -> TensorLayout:

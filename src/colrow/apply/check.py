@@ -1,0 +1,112 @@
+"""Everything about a plan that can be checked without changing the model."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from colrow.errors import PlanError
+from colrow.layout import TensorLayout
+from colrow.modules import is_linear, names_by_parameter
+from colrow.plan import LocalAttribute, Plan
+
+_NEW = "Make a new plan for it."
+_EMBEDDING_OPTIONS = ("max_norm", "scale_grad_by_freq", "sparse")
+
+
+def check_plan(plan: Plan, model: nn.Module) -> dict[str, TensorLayout]:
+    """The layout of every parameter, by all its names.
+
+    Raises:
+        PlanError: if the plan does not fit the model, or would compute something else than the model does.
+    """
+    modules = dict(model.named_modules())
+    shapes = {name: tuple(one.shape) for name, one in model.named_parameters(remove_duplicate=False)}
+    for name, sharding in plan.parameters.items():
+        if name not in shapes:
+            raise PlanError(name, "the model has no such parameter", _NEW)
+        if sharding.axis not in plan.axes:
+            raise PlanError(name, f"the plan has no axis {sharding.axis!r}", "Correct the plan.")
+        if sharding.layout.has_whole:
+            raise PlanError(
+                name,
+                "a part of it would be whole on every rank, whose gradients nobody would sum",
+                "Cut all of it, or leave it replicated.",
+            )
+    try:
+        layouts = {name: plan.tensor_layout(name, shape) for name, shape in shapes.items()}
+    except ValueError as error:
+        raise PlanError("", f"the plan is of another model: {error}", "Make a new one.") from error
+    _check_users(plan, model, modules)
+    for path in [path for entry in plan.entries for path in entry.modules] + [e.module for e in plan.exits]:
+        _module(path, modules)
+        if not is_linear(modules[path]):
+            kind = type(modules[path]).__name__
+            raise PlanError(path, f"{kind} is not a plain linear layer", "Leave it out of the plan.")
+    for lookup in plan.lookups:
+        embedding = _module(lookup.module, modules)
+        if type(embedding) is not nn.Embedding:
+            raise PlanError(lookup.module, "it is not a plain embedding", "Leave it out of the plan.")
+        for option in _EMBEDDING_OPTIONS:
+            if getattr(embedding, option):
+                raise PlanError(
+                    lookup.module, f"a cut table cannot have {option}", "Leave it out of the plan."
+                )
+    for partial in plan.partial_parameters:
+        if partial.name not in shapes or layouts[partial.name].is_sharded:
+            raise PlanError(partial.name, "it is not a replicated parameter of the model", _NEW)
+    for attribute in plan.attributes:
+        _check_attribute(attribute, plan, modules)
+    if plan.loss is not None:
+        for path in (plan.loss.module, plan.loss.logits):
+            _module(path, modules)
+        if plan.loss.axis not in plan.axes:
+            raise PlanError(plan.loss.logits, f"the plan has no axis {plan.loss.axis!r}", "Correct the plan.")
+    return layouts
+
+
+def _module(path: str, modules: dict[str, nn.Module]) -> nn.Module:
+    if path not in modules:
+        raise PlanError(path, "the model has no such module", _NEW)
+    return modules[path]
+
+
+def _check_users(plan: Plan, model: nn.Module, modules: dict[str, nn.Module]) -> None:
+    """A parameter that is cut is cut for every module that reads it: each must be one that knows."""
+    knowing = {path for entry in plan.entries for path in entry.modules}
+    knowing |= {exit.module for exit in plan.exits} | {lookup.module for lookup in plan.lookups}
+    knowing |= set(plan.holders)
+    for names in names_by_parameter(model).values():
+        cut = [name for name in names if name in plan.parameters]
+        for name in names if cut else []:
+            path = name.rpartition(".")[0]
+            if name not in plan.parameters or path not in knowing:
+                others = [other for other in names if other != name]
+                tied = f" (tied to {', '.join(others)})" if others else ""
+                raise PlanError(
+                    name,
+                    f"it is cut{tied}, but {path or 'the model'} would read it as if it were whole",
+                    "Give that module a style, or leave all its users out of the plan; a module that only "
+                    "holds the parameter and does not read it belongs into the plan's holders.",
+                )
+
+
+def _check_attribute(attribute: LocalAttribute, plan: Plan, modules: dict[str, nn.Module]) -> None:
+    value: object = _module(attribute.module, modules)
+    path = attribute.attribute.split(".")
+    if attribute.module == "" and path[0] == "config":
+        raise PlanError(
+            attribute.attribute,
+            "the model's own configuration is what gets saved: it must stay global",
+            "Name the module that reads the number.",
+        )
+    for name in path:
+        if not hasattr(value, name):
+            raise PlanError(attribute.module, f"it has no attribute {attribute.attribute}", _NEW)
+        value = getattr(value, name)
+    if attribute.axis not in plan.axes:
+        raise PlanError(attribute.module, f"the plan has no axis {attribute.axis!r}", "Correct the plan.")
+    units = plan.axes[attribute.axis].cut.units
+    if not isinstance(value, int) or value % units:
+        raise PlanError(
+            attribute.module, f"{attribute.attribute} = {value!r} is no multiple of {units} units", _NEW
+        )

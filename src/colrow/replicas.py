@@ -1,0 +1,84 @@
+"""Whether what should be equal on all ranks is equal, to the bit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from colrow.collectives import Communicator
+from colrow.errors import PlanError
+from colrow.state import placed_parameters, state_of
+
+_CHUNK = 1 << 20
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def fingerprint(tensor: Tensor) -> Tensor:
+    """Two 64-bit sums over a tensor's bits, on its device: [2], int64.
+
+    Integers that wrap around: the same whatever the order of summation, the number of threads or the
+    device. The second weighs each element by its position, so that permuted elements show.
+    """
+    bits = tensor.detach().contiguous().view(-1).view(_INTEGERS[tensor.element_size()])
+    sums = torch.zeros(2, dtype=torch.int64, device=tensor.device)
+    for begin in range(0, bits.numel(), _CHUNK):
+        part = bits[begin : begin + _CHUNK].long()
+        # odd weights below 2^62 from a multiplicative sequence
+        weights = torch.arange(begin, begin + part.numel(), device=tensor.device) * 0x9E3779B97F4A7 | 1
+        sums[0] += part.sum()
+        sums[1] += (part * weights).sum()
+    return sums
+
+
+def _first_difference(tensors: Sequence[Tensor], ranks: Communicator, label: str) -> int | None:
+    """Index of the first tensor that is not the same on all ranks; the same answer on each of them."""
+    if ranks.size == 1 or not tensors:
+        return None
+    mine = torch.stack([fingerprint(tensor) for tensor in tensors]).to(tensors[0].device)
+    everyone = ranks.all_gather(mine.unsqueeze(0), 0, label=label)
+    differs = (everyone != everyone[:1]).any(0).any(1)
+    return int(differs.nonzero()[0]) if differs.any() else None
+
+
+def check_equal_weights(model: nn.Module, ranks: Communicator) -> None:
+    """All ranks must slice one model: shards of different models would train, and mean nothing.
+
+    Raises:
+        PlanError: naming the first parameter that differs; on every rank.
+    """
+    named = [(name, one) for name, one in model.named_parameters() if not one.is_meta]
+    found = _first_difference([one for _, one in named], ranks, "compare the ranks' weights")
+    if found is not None:
+        raise PlanError(
+            named[found][0],
+            "the ranks hold different weights",
+            "Call torch.manual_seed with one seed on all ranks before building the model, or load one file.",
+        )
+
+
+def check_replicas(model: nn.Module) -> None:
+    """Raise if a replicated parameter of a parallelized model, or its gradient, differs between ranks.
+
+    They must be equal to the bit at every step. They are not after ``torch.nn.utils.clip_grad_norm_`` or a
+    ``GradScaler``, which see this rank's part only (use :func:`colrow.clip_grad_norm_`), after different
+    batches on the ranks, or if a plan has a fault. One small all-gather; every rank calls this.
+
+    Raises:
+        PlanError: naming the first parameter that differs; on every rank.
+    """
+    named: list[tuple[str, Tensor]] = []
+    for placed in placed_parameters(model):
+        if not placed.layout.is_sharded:
+            named.append((placed.name, placed.parameter))
+            if placed.parameter.grad is not None:
+                named.append((f"the gradient of {placed.name}", placed.parameter.grad))
+    found = _first_difference([one for _, one in named], state_of(model).communicator, "check replicas")
+    if found is not None:
+        raise PlanError(
+            named[found][0],
+            "it is replicated, but differs between ranks",
+            "Give all ranks the same batches, clip with colrow.clip_grad_norm_, and check the plan for "
+            "parameters that are read inside a region (replicated(inside=...)).",
+        )
