@@ -51,6 +51,10 @@ def _collectives(size: int) -> None:
         spmd.assert_type(collectives.slice_local(entered, mesh, 1, sizes=sizes), {tp: S(1)})
         spmd.assert_type(collectives.slice_local(x, mesh, 1, sizes=sizes, src="I"), {tp: S(1)})
         spmd.assert_type(collectives.first_rank_only(x, mesh), {tp: P})
+        turned = collectives.all_to_all(
+            leaf(own, 7, kind=S(0)), mesh, 1, 0, split_sizes=sizes, concat_sizes=sizes
+        )
+        spmd.assert_type(turned, {tp: S(1)})
         # misuse: an exit of what is no partial sum, an entry of what is entered, a sum of shards
         with pytest.raises(SpmdTypeError):
             collectives.all_reduce(x, mesh)

@@ -76,6 +76,7 @@ def compare(
             phase: stats.where(phase=phase, operation="all_reduce").count for phase in ("forward", "backward")
         }
         communicated["total"] = stats.count
+        communicated["bytes"] = stats.bytes
         communicated["stats"] = str(stats)
         expected_gradients = {n: p.grad for n, p in original.named_parameters() if p.grad is not None}
         gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}

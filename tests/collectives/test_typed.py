@@ -146,6 +146,28 @@ def _asynchronous(size: int) -> None:
     (y * (rank + 1)).sum().backward()
     assert x.grad is not None
     assert torch.equal(x.grad, torch.full((4,), total))
+    # reduce-scatter and all-to-all: the same results and gradients as the blocking forms
+    splits, joins = {"sizes": _parts(size)}, {"split_sizes": _parts(size), "concat_sizes": _parts(size, 5)}
+    cases: list[tuple[Any, Any, int]] = [
+        (
+            lambda value: collectives.reduce_scatter_async(value, mesh, 1, **splits).wait(),
+            lambda value: collectives.reduce_scatter(value, mesh, 1, **splits),
+            3,
+        ),
+        (
+            lambda value: collectives.all_to_all_async(value, mesh, 1, 0, **joins).wait(),
+            lambda value: collectives.all_to_all(value, mesh, 1, 0, **joins),
+            _parts(size, 5)[rank],
+        ),
+    ]
+    for started, blocking, rows in cases:
+        results = []
+        for function in (started, blocking):
+            value = _random(rows, 7, seed=rank, grad=True)
+            result = function(value)
+            results.append((result, torch.autograd.grad((result * (rank + 1.0)).sum(), value)[0]))
+        assert torch.equal(results[0][0], results[1][0])
+        assert torch.equal(results[0][1], results[1][1])
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -259,7 +281,10 @@ def _half_precision(dtype: torch.dtype) -> Tensor:
     """1 + 2^-9 + 2^-9 + 2^-9: each small term alone is lost in bfloat16, their sum is not."""
     mesh = worker_mesh(4)
     value = 1.0 if communicator(mesh).rank == 0 else 2.0**-9
-    return collectives.all_reduce(torch.tensor([value], dtype=dtype), mesh)
+    part = collectives.reduce_scatter(torch.full((4,), value, dtype=dtype), mesh, 0)
+    total = collectives.all_reduce(torch.tensor([value], dtype=dtype), mesh)
+    assert torch.equal(part, total)
+    return total
 
 
 def test_half_precision_is_summed_in_single(ranks: Callable[[int], Pool]) -> None:
@@ -275,7 +300,8 @@ def _statistics() -> dict[str, Any]:
     y = collectives.enter(x, mesh, label="enter here")
     y = collectives.all_reduce(y, mesh, label="exit there")
     y.sum().backward()
-    collectives.all_gather(torch.zeros(3), mesh, 0, label="parts")
+    sizes = [3, 4]  # what is gathered counts, not the padding on the way
+    collectives.all_gather(torch.zeros(sizes[communicator(mesh).rank]), mesh, 0, sizes=sizes, label="parts")
     stats = colrow.comm_stats(mesh)
     assert stats.seconds > 0
     assert "exit there" in str(stats)
@@ -287,7 +313,7 @@ def test_statistics_are_exact(ranks: Callable[[int], Pool]) -> None:
         assert found == {
             "all_reduce/exit there/forward": (1, 64),
             "all_reduce/enter here/backward": (1, 64),
-            "all_gather/parts/forward": (1, 24),
+            "all_gather/parts/forward": (1, 28),
         }
 
 
@@ -300,8 +326,10 @@ def _refused() -> list[str]:
         lambda: collectives.all_gather(torch.zeros(3), mesh, 0, sizes=[2, 2]),
         lambda: collectives.slice_local(torch.zeros(3), mesh, 0),
         lambda: collectives.reduce_scatter(torch.zeros(3), mesh, 0, sizes=[1, 1]),
+        lambda: collectives.all_gather(torch.zeros(3, 2), mesh, 5),
+        lambda: collectives.all_gather(torch.zeros(()), mesh, 0),
     ):
-        with pytest.raises(ValueError) as caught:
+        with pytest.raises((ValueError, IndexError)) as caught:
             call()
         messages.append(str(caught.value))
     return messages
@@ -314,3 +342,5 @@ def test_bad_sizes_are_refused(ranks: Callable[[int], Pool]) -> None:
         assert "holds 3, not 2" in messages[2]
         assert "give sizes" in messages[3]
         assert "do not add up" in messages[4]
+        assert "no dimension 5" in messages[5]
+        assert "no dimension 0" in messages[6]

@@ -296,9 +296,87 @@ def _autocast_layers() -> None:
         found, expected = down(up(x)), plain_down(plain_up(x))
     assert found.dtype == expected.dtype == torch.bfloat16
     torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
-    found.float().pow(2).sum().backward()
+    cotangent = torch.randn(5, 16)
+    for result in (found, expected):
+        (result.float() * cotangent).sum().backward()
     assert up.weight.grad is not None
+    assert plain_up.weight.grad is not None
     assert up.weight.grad.dtype == torch.float32
+    rank = communicator(mesh).rank
+    torch.testing.assert_close(
+        up.weight.grad, plain_up.weight.grad[12 * rank : 12 * rank + 12], rtol=3e-2, atol=3e-2
+    )
+    # Conv1D, alone and with a shared entry, gives the dtype of the plain layer
+    for entry in (None, SharedEntry(communicator(mesh), "shared", 1)):
+        conv = column_parallel(Conv1D(8, 16), mesh, entry=entry)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert conv(x).dtype == Conv1D(8, 16)(x).dtype == torch.bfloat16
+
+
+def _kept() -> None:
+    """What a module and its parameters carry survives: hooks, dtype, requires_grad, attributes."""
+    mesh = worker_mesh(2)
+    module = nn.Linear(4, 6, dtype=torch.float64)
+    fired: list[str] = []
+    module.weight.register_hook(lambda gradient: fired.append(f"weight {list(gradient.shape)}"))
+    module.register_forward_hook(lambda *_: fired.append("forward"))
+    module.bias.requires_grad_(False)
+    module.weight.tag = "mine"  # type: ignore[attr-defined]
+    column_parallel(module, mesh)
+    module(_random(2, 4)).sum().backward()
+    assert fired == ["forward", "weight [3, 4]"]
+    assert module.weight.tag == "mine"  # type: ignore[attr-defined]
+    assert module.weight.dtype == torch.float64
+    assert not module.bias.requires_grad
+    assert module.bias.grad is None
+    with pytest.raises(RuntimeError, match="initialise a layer before it is made parallel"):
+        module.reset_parameters()
+
+
+def test_what_modules_carry_survives(ranks: Callable[[int], Pool]) -> None:
+    ranks(2).run(_kept)
+
+
+def _overlap() -> list[str]:
+    """The reduction of the input's gradient is under way while the weight's gradient is computed."""
+    mesh = worker_mesh(2)
+    layer = ColumnParallelLinear(4, 6, mesh, bias=False)
+    events: list[str] = []
+    ranks = communicator(mesh)
+    start = ranks.start_all_reduce
+
+    def watched(*arguments: Any, **options: Any) -> Any:
+        events.append("start")
+        pending = start(*arguments, **options)
+        wait = pending.wait
+
+        def waited() -> Tensor:
+            events.append("wait")
+            return wait()
+
+        pending.wait = waited  # type: ignore[method-assign]
+        return pending
+
+    class Products(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if function is torch.ops.aten.mm.default:
+                events.append(f"product {list(args[0].shape)} x {list(args[1].shape)}")
+            return function(*args, **(kwargs or {}))
+
+    x = torch.randn(5, 4, requires_grad=True)
+    y = layer(x)
+    ranks.start_all_reduce = watched  # type: ignore[method-assign]
+    try:
+        with Products():
+            y.backward(torch.randn_like(y))
+    finally:
+        del ranks.start_all_reduce  # type: ignore[method-assign]
+    return events
+
+
+def test_reduction_overlaps_the_weight_gradient(ranks: Callable[[int], Pool]) -> None:
+    for events in ranks(2).run(_overlap):
+        assert events == ["product [5, 3] x [3, 4]", "start", "product [3, 5] x [5, 4]", "wait"]
 
 
 def test_autocast(ranks: Callable[[int], Pool]) -> None:
