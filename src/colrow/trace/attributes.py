@@ -21,7 +21,7 @@ def traced_attributes(model: nn.Module, listener: EscapeListener) -> Iterator[No
     their names in this context.
 
     At its end every such container is as it was at its beginning, whatever the forward did to it: attributes
-    added or changed, buffers registered, training flags.
+    added or changed, buffers and hooks registered, training flags.
 
     Integers of magnitude 0 and 1 stay plain: nothing of size one can be cut.
     """
@@ -29,8 +29,10 @@ def traced_attributes(model: nn.Module, listener: EscapeListener) -> Iterator[No
     try:
         entered: set[int] = set()
         for path, module in model.named_modules():
-            for name in ("_parameters", "_buffers", "_modules"):
-                _keep_mapping(module.__dict__[name], undo)
+            for item in vars(module).values():
+                # parameters, buffers, modules and hooks among them
+                if isinstance(item, dict):
+                    _keep_mapping(item, undo)
             _trace_mapping(vars(module), path, "", listener, undo, entered, 0)
         yield
     finally:

@@ -82,8 +82,8 @@ class Copy:
         for operation in trace.operations[first.operations : last.operations]:
             self._copy_operation(operation)
         for escape in trace.escapes[first.escapes : last.escapes]:
-            module = self.modules[escape.module.index] if escape.module is not None else None
-            trace.escapes.append(Escape(self._moved(escape.expression), escape.use, module, escape.site))
+            inside = self.modules[escape.module.index] if escape.module is not None else None
+            trace.escapes.append(Escape(self._moved(escape.expression), escape.use, inside, escape.site))
         return Copied(map_leaves(self.template.result, self._result))
 
     def _copy_values(self, originals: list[Value]) -> None:
@@ -99,9 +99,8 @@ class Copy:
     def _copy_module(self, old: ModuleCall) -> None:
         trace = self.recorder.trace
         parent: ModuleCall | None
-        if old is self.template.record or old.parent is None:
-            parent = self.recorder.module
-        else:
+        parent = self.recorder.module
+        if old is not self.template.record and old.parent is not None:
             parent = self.modules[old.parent.index]
         new = ModuleCall(
             len(trace.modules),
