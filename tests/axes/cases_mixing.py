@@ -148,6 +148,7 @@ SPATIAL: dict[str, list[Any]] = {
     "reflection_pad2d": [[1, 1, 1, 1]],
     "replication_pad1d": [[1, 1]],
     "replication_pad2d": [[1, 1, 1, 1]],
+    "max_pool1d_with_indices": [[2]],
     "max_pool2d_with_indices": [[2, 2]],
     "max_pool3d_with_indices": [[2, 2, 2]],
     "adaptive_max_pool2d": [[2, 2]],
@@ -161,6 +162,32 @@ def spatial(draw: Draw, function: Any) -> Case:
     places = next(int(digit) for digit in "123" if f"{digit}d" in name)
     shape = [draw.size(), draw.size(), *[4] * places]
     return Case(function, [draw.tensor(*shape), *SPATIAL[name]], free=2)
+
+
+@case("aten.upsample_nearest2d.vec", "aten.upsample_bilinear2d.vec")
+def upsample(draw: Draw, function: Any) -> Case:
+    aligned = [False] if "bilinear" in function._schema.name else []
+    return Case(function, [draw.tensor(2, draw.size(), 4, 4), None, *aligned, [2.0, 2.0]], free=2)
+
+
+@case("aten.pixel_shuffle", "aten.pixel_unshuffle")
+def pixels(draw: Draw, function: Any) -> Case:
+    a, b, c = (draw.size() for _ in range(3))
+    shape = [2, 4 * a, b, c] if function._schema.name == "aten::pixel_shuffle" else [2, a, 2 * b, 2 * c]
+    return Case(function, [draw.tensor(*shape), 2], free=4)
+
+
+@case("aten.glu")
+def glu(draw: Draw, function: Any) -> Case:
+    return Case(function, [draw.tensor(draw.size(), 2 * draw.size(), 3), draw.choice(1, -2)], free=3)
+
+
+@case("aten._weight_norm_interface")
+def weight_norm(draw: Draw, function: Any) -> Case:
+    a, b, c = (draw.size() for _ in range(3))
+    dimension = draw.choice(0, 2)
+    scale = draw.tensor(a, 1, 1) if dimension == 0 else draw.tensor(1, 1, c)
+    return Case(function, [draw.tensor(a, b, c), scale, dimension], free=1)
 
 
 @case("aten.im2col")

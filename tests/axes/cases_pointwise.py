@@ -148,3 +148,13 @@ def nll_loss(draw: Draw, function: Any) -> Case:
 
     arguments = [draw.tensor(tokens, classes, *places), target, weight, reduction, -100]
     return Case(function, arguments, free=1 + (reduction != 1), special=classes_cut)
+
+
+@case("aten.mse_loss", "aten.smooth_l1_loss", "aten.huber_loss", "aten.soft_margin_loss")
+@case("aten.binary_cross_entropy", "aten.binary_cross_entropy_with_logits")
+def pointwise_loss(draw: Draw, function: Any) -> Case:
+    shape, reduction = draw.sizes(), draw.choice(0, 1, 2)
+    value, target = draw.tensor(*shape).sigmoid(), draw.tensor(*shape).sigmoid()
+    weights = {"aten::binary_cross_entropy": [None], "aten::binary_cross_entropy_with_logits": [None, None]}
+    arguments = [value, target, *weights.get(function._schema.name, []), reduction]
+    return Case(function, arguments, free=0 if reduction == 1 else len(shape))

@@ -131,13 +131,13 @@ def select(draw: Draw, function: Any) -> Case:
     return Case(function, [draw.tensor(*shape), 0, Offset(index, 0, 0)], free=len(shape))
 
 
-@case("aten.unbind.int")
+@case("aten.unbind.int", "aten.unbind_copy.int")
 def unbind(draw: Draw, function: Any) -> Case:
     shape = draw.sizes(2, 4)
     return Case(function, [draw.tensor(*shape), draw.dimension(len(shape))], free=len(shape) - 1)
 
 
-@case("aten.split.Tensor")
+@case("aten.split.Tensor", "aten.split_copy.Tensor", "aten.unsafe_split.Tensor")
 def split(draw: Draw, function: Any) -> Case:
     size, count = draw.size(), draw.size(2, 3)
     value = draw.tensor(draw.size(), size * count)
@@ -146,7 +146,7 @@ def split(draw: Draw, function: Any) -> Case:
     return Case(function, [value, size, -1], free=1 + count, local=local)
 
 
-@case("aten.split_with_sizes", "aten.split_with_sizes_copy")
+@case("aten.split_with_sizes", "aten.split_with_sizes_copy", "aten.unsafe_split_with_sizes")
 def split_with_sizes(draw: Draw, function: Any) -> Case:
     sizes, start = draw.sizes(2, 3), 0
     lengths = list[Length]()

@@ -9,12 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from colrow.axes import Factors, Reason, cutting, dimension_layout, factors
+from colrow.axes import Factor, Factors, Reason, cutting, dimension_layout, factor, factors
+from colrow.axes.factor import find
 
 WHY = Reason("test")
 
 
-@pytest.mark.parametrize("module", [factors, cutting])
+@pytest.mark.parametrize("module", [factor, factors, cutting])
 def test_examples_in_the_documentation(module: object) -> None:
     results = doctest.testmod(module)
     assert results.attempted > 3
@@ -29,7 +30,7 @@ def test_refinements_keep_sizes_and_agree(data: st.DataObject) -> None:
     size = prod(data.draw(st.lists(st.sampled_from([2, 3, 4]), min_size=2, max_size=4)))
     known = [arena.atom(size) for _ in range(3)]
     pool = list(known)
-    same = list[tuple[factors.Factor, factors.Factor]]()
+    same = list[tuple[Factor, Factor]]()
     for _ in range(data.draw(st.integers(1, 8))):
         factor = data.draw(st.sampled_from(pool))
         action = data.draw(st.sampled_from(["split", "cut", "unify"]))
@@ -62,9 +63,9 @@ def test_refinements_keep_sizes_and_agree(data: st.DataObject) -> None:
                 assert indices(layouts[0], atom.size) == indices(layouts[1], atom.size)
 
 
-def evaluate(arena: Factors, factor: factors.Factor) -> int:
+def evaluate(arena: Factors, factor: Factor) -> int:
     """The size by what it is made of."""
-    root = factors.find(factor)
+    root = find(factor)
     if root.kind == "atom":
         return root.size
     sizes = [evaluate(arena, part) for part in arena.parts(root, root.kind)]

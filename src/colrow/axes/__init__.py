@@ -2,11 +2,12 @@
 
 from colrow.axes.context import Marks, RuleContext
 from colrow.axes.cutting import dimension_layout
-from colrow.axes.factors import Factor, Factors, Reason
+from colrow.axes.factor import Factor, Reason
+from colrow.axes.factors import Factors
 from colrow.axes.infer import infer
 from colrow.axes.registry import Registry, Rule, rule
 from colrow.axes.result import Axes, Axis
-from colrow.axes.rules import default_registry
+from colrow.axes.rules.default import default_registry
 
 __all__ = [
     "Axes",

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from colrow.axes.factors import Factor, Factors, Reason
+from colrow.axes.factor import Factor, Reason
+from colrow.axes.factors import Factors
 from colrow.trace.records import Operation, Value
 
 Dimensions: TypeAlias = tuple[Factor, ...]

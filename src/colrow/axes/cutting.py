@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from math import prod
 
-from colrow.axes.factors import Factor, Factors, find
+from colrow.axes.factor import Factor, find
+from colrow.axes.factors import Factors
 from colrow.layout.dimension import DimensionLayout, Segment
 
 
@@ -14,7 +15,7 @@ def dimension_layout(factors: Factors, factor: Factor, atom: Factor) -> Dimensio
     Raises:
         ValueError: if ``atom`` is not in ``factor``, or more than once for one index.
 
-    >>> from colrow.axes.factors import Reason
+    >>> from colrow.axes.factor import Reason
     >>> factors = Factors()
     >>> fused = factors.atom(24)
     >>> heads, rest = factors.split(fused, [2, 12], Reason("view(2, 12)"))

@@ -6,7 +6,7 @@ from colrow.axes.context import Dimensions, Marks, RuleContext
 from colrow.axes.factors import Factors
 from colrow.axes.registry import Registry
 from colrow.axes.result import Axes
-from colrow.axes.rules import default_registry
+from colrow.axes.rules.default import default_registry
 from colrow.trace.records import Operation, Trace, Value
 
 

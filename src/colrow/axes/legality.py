@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from math import prod
 
-from colrow.axes.factors import Factor, Reason
+from colrow.axes.factor import Factor, Reason
 from colrow.axes.result import Axes, Axis
 from colrow.trace.records import Operation, Value
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from colrow.axes.context import ByOperation, Dimensions, Marks
-from colrow.axes.factors import Factor, Factors, Reason, find
+from colrow.axes.factor import Factor, Reason, find
+from colrow.axes.factors import Factors
 from colrow.axes.registry import Registry
 from colrow.trace.records import Operation, Trace, Value
 

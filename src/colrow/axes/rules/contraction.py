@@ -125,7 +125,8 @@ def sum_(op: RuleContext) -> None:
 def grouped_mm(op: RuleContext) -> None:
     """Rows sorted by expert ``[rows, inner]`` times the experts' matrices ``[experts, inner, columns]``.
 
-    The experts are looked up: with some of them, a rank's rows of the others are zero.
+    The experts are looked up: with some of them, a rank's rows of the others are zero. Where the rows of each
+    expert end (``offs``) is then read as a whole.
     """
     first, second = op.value("self"), op.value("mat2")
     rows, weights = op.dimensions(first), op.dimensions(second)
@@ -136,7 +137,5 @@ def grouped_mm(op: RuleContext) -> None:
     op.contract(rows[1])
     op.look_up(weights[0])
     op.block(rows[0], "rows sorted by group")
-    offsets = op.optional("offs")
-    if offsets is not None:
-        op.unify(op.dimensions(offsets)[0], weights[0])
+    op.block_dimensions("offs", [0], "ends of groups, read as a whole")
     op.set_output([rows[0], weights[2]])

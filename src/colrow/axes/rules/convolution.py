@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from colrow.axes.context import RuleContext
-from colrow.axes.factors import Factor
+from colrow.axes.factor import Factor
 from colrow.axes.registry import rule
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from colrow.axes.context import RuleContext, positive
-from colrow.axes.factors import Factor
+from colrow.axes.factor import Factor
 from colrow.axes.registry import rule
 from colrow.trace.records import Value
 

@@ -11,6 +11,7 @@ from colrow.axes.registry import rule
 from colrow.trace.records import Operation
 
 _LOSSES = ("aten.nll_loss_forward", "aten.nll_loss2d_forward", "aten.nll_loss", "aten.nll_loss_nd")
+_COPIES = ("aten.view", "aten._unsafe_view", "aten.clone", "aten._to_copy")
 
 
 @rule("aten._log_softmax", "aten.log_softmax")
@@ -20,7 +21,7 @@ def log_softmax(op: RuleContext) -> None:
     dimension = positive(op.argument("dim"), len(dimensions))
     if dimensions:
         uses = op.outputs[0].uses
-        if uses and all(_is_loss(use, dimension) for use in uses):
+        if uses and all(_is_loss(use, dimension - len(dimensions)) for use in uses):
             op.classes(dimensions[dimension])
         else:
             op.block(dimensions[dimension], "log_softmax over it")
@@ -28,14 +29,21 @@ def log_softmax(op: RuleContext) -> None:
 
 
 def _is_loss(use: Operation, dimension: int) -> bool:
-    """Whether ``use`` is a negative log-likelihood, or the sum over classes of label smoothing."""
+    """Whether ``use`` is a negative log-likelihood, or the sum over classes of label smoothing.
+
+    Or a view with the same last dimension, or a copy, of which all uses are so. ``dimension`` is negative.
+    """
     if use.name in _LOSSES:
         return True
-    if use.name != "aten.sum" or len(use.arguments) < 2 or not use.inputs:
+    if not use.outputs or not use.inputs:
         return False
-    rank = len(use.inputs[0].shape)
-    summed = use.arguments[1] or []
-    return [positive(given, rank) for given in summed] == [dimension]
+    shape, result = use.inputs[0].shape, use.outputs[0].shape
+    if use.name == "aten.sum":
+        summed = use.arguments[1] if len(use.arguments) > 1 else None
+        return [positive(given, len(shape)) for given in summed or []] == [len(shape) + dimension]
+    copied = use.name in _COPIES and (dimension == -1 or shape == result)
+    uses = use.outputs[0].uses
+    return copied and shape[-1:] == result[-1:] and bool(uses) and all(_is_loss(u, dimension) for u in uses)
 
 
 @rule("aten.nll_loss_forward", "aten.nll_loss2d_forward")
@@ -65,3 +73,25 @@ def nll_loss(op: RuleContext) -> None:
                 op.contract(factor)
     for index in range(1, len(op.outputs)):
         op.set_output([], index)
+
+
+@rule(
+    "aten.mse_loss",
+    "aten.smooth_l1_loss",
+    "aten.huber_loss",
+    "aten.soft_margin_loss",
+    "aten.binary_cross_entropy",
+    "aten.binary_cross_entropy_with_logits",
+)
+def pointwise_loss(op: RuleContext) -> None:
+    """A loss of each element by itself: kept (``reduction`` 0), averaged (1) or summed (2)."""
+    values = op.inputs
+    shape = max((value.shape for value in values), key=len)
+    dimensions = op.broadcast(values, shape)
+    reduction = int(op.argument("reduction", 1))
+    op.set_output([] if reduction else dimensions)
+    for factor in dimensions:
+        if reduction == 1:
+            op.block(factor, "averaged over")
+        elif reduction == 2:
+            op.contract(factor)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from colrow.axes.context import RuleContext, positive
-from colrow.axes.factors import Factor
+from colrow.axes.factor import Factor
 from colrow.axes.registry import rule
 from colrow.trace.records import Value
 
@@ -143,3 +143,15 @@ def fourier(op: RuleContext) -> None:
             )
         ]
     )
+
+
+@rule("aten.glu")
+def glu(op: RuleContext) -> None:
+    """The first half times the sigmoid of the second: the halves are alike."""
+    dimensions = list(op.dimensions("self"))
+    dimension = positive(op.argument("dim", -1), len(dimensions))
+    half, text = dimensions[dimension].size // 2, "halves across its units"
+    first = op.segment(dimensions[dimension], 0, half, text)
+    op.unify(first, op.segment(dimensions[dimension], half, 2 * half, text))
+    dimensions[dimension] = first
+    op.set_output(dimensions)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from colrow.axes.context import RuleContext
+from colrow.axes.context import RuleContext, positive
 from colrow.axes.registry import rule
 
 
@@ -66,3 +66,16 @@ def batch_norm(op: RuleContext) -> None:
     for index, output in enumerate(op.outputs[1:], start=1):
         channels = output.shape == (value[1].size,)
         op.set_output([value[1]] if channels else op.atoms(output.shape), index)
+
+
+@rule("aten._weight_norm_interface")
+def weight_norm(op: RuleContext) -> None:
+    """``v / |v| * g`` with one norm for each index of ``dim``; the norms are the second result."""
+    direction, scale = op.dimensions("v"), op.dimensions("g")
+    dimension = positive(op.argument("dim", 0), len(direction))
+    for index, factor in enumerate(direction):
+        if index != dimension:
+            op.block(factor, "normalised over")
+    op.unify(direction[dimension], scale[dimension])
+    op.set_output(direction)
+    op.set_output(scale, 1)

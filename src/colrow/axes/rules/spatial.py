@@ -28,13 +28,14 @@ from colrow.axes.registry import rule
     "aten.reflection_pad2d",
     "aten.replication_pad1d",
     "aten.replication_pad2d",
-    linear=["self"],
+    linear=["self", "input"],
 )
 def resampled(op: RuleContext) -> None:
     _positions(op)
 
 
 @rule(
+    "aten.max_pool1d_with_indices",
     "aten.max_pool2d_with_indices",
     "aten.max_pool3d_with_indices",
     "aten.adaptive_max_pool2d",
@@ -79,3 +80,35 @@ def grid_sampler(op: RuleContext) -> None:
     for factor in (*value[2:], grid[3]):
         op.block(factor, "sampled at positions")
     op.set_output([*value[:2], *grid[1:3]])
+
+
+@rule("aten.pixel_shuffle", linear=["self"])
+def pixel_shuffle(op: RuleContext) -> None:
+    """``[..., channels x r x r, height, width]`` to ``[..., channels, height x r, width x r]``."""
+    *batch, channels, height, width = op.dimensions("self")
+    factor = int(op.argument("upscale_factor"))
+    text = "channels that become positions"
+    parts = op.split(channels, [channels.size // factor**2, factor, factor], text)
+    if parts is None:
+        op.block_all(text)
+        return
+    for part in parts[1:]:
+        op.block(part, text)
+    rows, columns = (op.factors.product(pair) for pair in ((height, parts[1]), (width, parts[2])))
+    op.set_output([*batch, parts[0], rows, columns])
+
+
+@rule("aten.pixel_unshuffle", linear=["self"])
+def pixel_unshuffle(op: RuleContext) -> None:
+    """``[..., channels, height x r, width x r]`` to ``[..., channels x r x r, height, width]``."""
+    *batch, channels, height, width = op.dimensions("self")
+    factor = int(op.argument("downscale_factor"))
+    text = "positions that become channels"
+    rows = op.split(height, [height.size // factor, factor], text)
+    columns = op.split(width, [width.size // factor, factor], text)
+    if rows is None or columns is None:
+        op.block_all(text)
+        return
+    for part in (rows[1], columns[1]):
+        op.block(part, text)
+    op.set_output([*batch, op.factors.product([channels, rows[1], columns[1]]), rows[0], columns[0]])

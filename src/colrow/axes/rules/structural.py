@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from colrow.axes.context import Dimensions, RuleContext, positive
-from colrow.axes.factors import Factor
+from colrow.axes.factor import Factor
 from colrow.axes.registry import rule
 from colrow.trace.records import Value
 
@@ -178,7 +178,7 @@ def _selected_by_tensor(op: RuleContext) -> bool:
     )
 
 
-@rule("aten.unbind", linear=["self"])
+@rule("aten.unbind", "aten.unbind_copy", linear=["self"])
 def unbind(op: RuleContext) -> None:
     dimensions = op.dimensions("self")
     dimension = positive(op.argument("dim", 0), len(dimensions))
@@ -187,7 +187,15 @@ def unbind(op: RuleContext) -> None:
         op.set_output(_without(dimensions, dimension), output)
 
 
-@rule("aten.split", "aten.split_with_sizes", "aten.split_with_sizes_copy", linear=["self"])
+@rule(
+    "aten.split",
+    "aten.split_copy",
+    "aten.unsafe_split",
+    "aten.split_with_sizes",
+    "aten.split_with_sizes_copy",
+    "aten.unsafe_split_with_sizes",
+    linear=["self"],
+)
 def split(op: RuleContext) -> None:
     dimensions = list(op.dimensions("self"))
     dimension = positive(op.argument("dim", 0), len(dimensions))
