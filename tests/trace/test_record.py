@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from colrow.trace import Example, Trace, trace, trace_all
 from colrow.trace.integers import Attribute, Size, TracedInt, evaluate
@@ -70,6 +71,9 @@ def test_values_operators_and_modules() -> None:
     assert paths[:4] == ["", "tokens", "positions", "blocks.0"]
     assert record.modules[0].last == len(record.operations)
     assert [(path, value.shape) for path, value in record.outputs] == [((0,), (2, 7, 40))]
+    head = next(call for call in record.modules if call.path == "head")
+    assert [path for path, _ in head.inputs + head.outputs] == [(0,), ()]
+    assert head.outputs[0][1] is record.outputs[0][1]
     positions = next(o for o in record.operations if o.name == "aten.arange").outputs[0]
     assert positions.content is not None
     assert positions.content.tolist() == list(range(7))
@@ -291,6 +295,28 @@ def test_a_real_model_is_not_touched_and_its_copy_holds_no_data() -> None:
         meta = Nano()
     meta.head.weight = meta.tokens.weight
     assert_same(record, trace(meta, (ids(),), {"labels": ids()}, mode="training"))
+
+
+def test_compiled_and_checkpointed_parts_are_recorded_as_written() -> None:
+    class Checkpointed(Nano):
+        def forward(self, ids: Tensor, labels: Tensor | None = None) -> Any:
+            x = self.tokens(ids)
+            for index, block in enumerate(self.blocks):
+                x = block(x) if self.plain else checkpoint(block, x, use_reentrant=bool(index % 2))
+            return self.head(x), None
+
+    model = Checkpointed(layers=2)
+    model.plain = True
+    plain = trace(model, (ids(),), copy_layers=False)
+    model.plain = False
+    record = trace(model, (ids(),))
+    expected = [operation.name for operation in plain.operations]
+    assert [operation.name for operation in record.operations] == expected
+    for one, other in zip(record.operations, plain.operations, strict=True):
+        assert [v.differentiable for v in one.outputs] == [v.differentiable for v in other.outputs], one
+    model.blocks[1].compile()
+    model.head = torch.compile(model.head)
+    assert [o.name for o in trace(model, (ids(),)).operations] == expected
 
 
 def test_modes() -> None:

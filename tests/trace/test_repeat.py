@@ -115,6 +115,42 @@ def test_layers_that_keep_something_run() -> None:
     assert layers_copied(Stack(layers)) == []
 
 
+class Settings:
+    def __init__(self, width: int) -> None:
+        self.width = width
+
+
+def test_things_that_layers_share_have_one_name() -> None:
+    class Sharing(nn.Module):
+        def __init__(self, activation: nn.Module, settings: Settings, sizes: list[int]) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+            self.activation = activation
+            self.settings = settings
+            self.own = Settings(4)
+            self.sizes = sizes
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.activation(self.linear(x)).view(-1, self.settings.width, 2)
+            return y.reshape(-1, self.own.width, 2).view(-1, *self.sizes).flatten(1)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            activation, settings, sizes = nn.GELU(), Settings(4), [2, 4]
+            self.layers = nn.ModuleList(Sharing(activation, settings, sizes) for _ in range(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                x = layer(x)
+            return x
+
+    copied = trace(Model(), (torch.randn(2, 8),))
+    assert len(copies(copied)) == 3 * 3
+    assert_same(copied, trace(Model(), (torch.randn(2, 8),), copy_layers=False))
+    assert copied.modules[-1].path == "layers.0.activation"
+
+
 class Outer:
     def __init__(self, parameter: nn.Parameter) -> None:
         self.parameter = parameter

@@ -157,6 +157,8 @@ def test_cross_attention_reads_the_encoder() -> None:
     keywords = {"input_ids": ids(), "decoder_input_ids": ids(length=5), "use_cache": False}
     record = trace(build("t5"), (), keywords)
     encoder = next(call for call in record.modules if call.path == "encoder").outputs[0][1]
+    attention = next(call for call in record.modules if call.type_name == "T5LayerCrossAttention")
+    assert (("key_value_states",), encoder) in attention.inputs
     readers = {use.module.path for use in encoder.uses if use.module is not None}
     assert {f"decoder.block.{layer}.layer.1.EncDecAttention.k" for layer in range(4)} <= readers
 

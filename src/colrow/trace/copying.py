@@ -59,12 +59,29 @@ class Copied:
 
 
 class Copy:
-    """One copy of a template's record."""
+    """One copy of a template's record.
 
-    def __init__(self, recorder: Recorder, template: Template, path: str, values: dict[int, Value]) -> None:
+    Args:
+        module: the layer that does not run.
+        paths: names of modules by their ``id``.
+        values: its parameters, buffers and arguments by the index of the template's.
+    """
+
+    def __init__(
+        self,
+        recorder: Recorder,
+        template: Template,
+        module: nn.Module,
+        paths: dict[int, str],
+        values: dict[int, Value],
+    ) -> None:
         self.recorder = recorder
         self.template = template
-        self.path = path
+        old_parts = template.module.modules()
+        new_parts = module.modules()
+        self.parts = {
+            paths[id(old)]: (paths[id(new)], old, new) for old, new in zip(old_parts, new_parts, strict=True)
+        }
         self.values = values
         self.shift = len(recorder.trace.operations) - template.first.operations
         self.modules: dict[int, ModuleCall] = {}
@@ -179,14 +196,35 @@ class Copy:
         return tensor
 
     def _moved_path(self, path: str) -> str:
-        old = self.template.record.path
-        return self.path + path[len(old) :] if path == old or path.startswith(f"{old}.") else path
+        return self.parts[path][0] if path in self.parts else path
+
+    def _moved_attribute(self, attribute: Attribute) -> Attribute:
+        if attribute.module not in self.parts:
+            return attribute
+        path, old, new = self.parts[attribute.module]
+        before: Any = old
+        after: Any = new
+        for name in attribute.path.split(".")[:-1]:
+            before, after = _item(before, name), _item(after, name)
+            if before is after:
+                # both layers hold the same object, which has one name
+                return attribute
+        return Attribute(path, attribute.path, attribute.value)
 
     def _moved(self, expression: Expression) -> Expression:
         def replace(origin: Attribute | Size) -> Expression:
             if isinstance(origin, Attribute):
-                return Attribute(self._moved_path(origin.module), origin.path, origin.value)
+                return self._moved_attribute(origin)
             index = self._value(self.recorder.trace.values[origin.value_index]).index
             return Size(index, origin.dimension, origin.value)
 
         return substitute(expression, replace)
+
+
+def _item(holder: Any, name: str) -> Any:
+    """One step of an attribute's path."""
+    if isinstance(holder, dict):
+        return holder.get(name)
+    if isinstance(holder, tuple | list):
+        return holder[int(name)]
+    return vars(holder).get(name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from colrow.trace.records import Value
+from colrow.trace.records import Operation, Value
 from colrow.trace.values import ValueTable
 
 
@@ -45,14 +45,14 @@ class Gradients:
         if original.index in self._dependent:
             self._dependent.add(value.index)
 
-    def finish(self) -> None:
+    def finish(self, operations: list[Operation]) -> None:
         """Write the answer to the values."""
         for value in self._table.values:
             tensor = self._table.tensor_of(value)
             value.differentiable = tensor is not None and tensor.requires_grad
-        for value in reversed(self._table.values):
-            if value.differentiable and value.index in self._unrecorded and value.producer is not None:
-                for source in value.producer.inputs:
+        for operation in reversed(operations):
+            if any(value.differentiable and value.index in self._unrecorded for value in operation.outputs):
+                for source in operation.inputs:
                     source.differentiable = source.differentiable or source.index in self._dependent
         for original, value in self._copies:
             value.differentiable = original.differentiable

@@ -19,21 +19,20 @@ _LOGARITHMS = ("log", "log2", "log10", "log1p", "isqrt")
 
 
 @contextmanager
-def recorded_modules(recorder: Recorder, model: nn.Module, repeater: Repeater) -> Iterator[None]:
+def recorded_modules(recorder: Recorder, repeater: Repeater) -> Iterator[None]:
     """Record the calls of the model's modules in this context.
 
     Modules that are not part of the model, such as a loss made and called in one line, belong to their
     caller.
     """
-    paths = {id(module): path for path, module in model.named_modules()}
     original = nn.Module.__call__
     thread = threading.get_ident()
 
     def call(module: nn.Module, *arguments: Any, **keywords: Any) -> Any:
-        path = paths.get(id(module))
+        path = repeater.path(module)
         if path is None or recorder.paused or threading.get_ident() != thread:
             return original(module, *arguments, **keywords)
-        copied = repeater.copy(module, path, (arguments, keywords))
+        copied = repeater.copy(module, (arguments, keywords))
         if copied is not None:
             return copied.result
         trace = recorder.trace
@@ -42,7 +41,7 @@ def recorded_modules(recorder: Recorder, model: nn.Module, repeater: Repeater) -
             path,
             recorder.module,
             len(trace.operations),
-            inputs=recorder.values_by_path((arguments, keywords)),
+            inputs=recorder.values_by_path(arguments) + recorder.values_by_path(keywords),
             type_name=type(module).__name__,
         )
         trace.modules.append(record)

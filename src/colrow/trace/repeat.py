@@ -59,12 +59,17 @@ class Repeater:
 
     def __init__(self, recorder: Recorder, model: nn.Module, enabled: bool) -> None:
         self._recorder = recorder
+        self._paths = {id(module): path for path, module in model.named_modules()}
         self._templates: dict[int, list[Template]] = {}
         self._places: dict[int, tuple[int, int]] = {}
         for container in model.modules() if enabled else ():
             if isinstance(container, nn.ModuleList | nn.Sequential) and len(container) > 1:
                 for place, child in enumerate(container):
                     self._places.setdefault(id(child), (id(container), place))
+
+    def path(self, module: nn.Module) -> str | None:
+        """The module's name in the model; None if it is no part of it."""
+        return self._paths.get(id(module))
 
     def before(self, module: nn.Module, arguments: tuple[Any, ...]) -> Before | None:
         """What :meth:`remember` needs to know of the time before a layer runs; None if it has no siblings."""
@@ -115,7 +120,7 @@ class Repeater:
     def _contents(self, arguments: tuple[Any, ...]) -> list[Tensor | None]:
         return [self._recorder.value_of(tensor).content for tensor in tensors_of(arguments)]
 
-    def copy(self, module: nn.Module, path: str, arguments: tuple[Any, ...]) -> Copied | None:
+    def copy(self, module: nn.Module, arguments: tuple[Any, ...]) -> Copied | None:
         """Record a call of a layer as a copy of a sibling's; None if it must run."""
         if id(module) not in self._places or not plain_arguments(arguments):
             return None
@@ -126,7 +131,7 @@ class Repeater:
                 if self._same_call(template, arguments) and comparison.alike(template.module, module):
                     values = self._pair_values(template, module, arguments)
                     if values is not None:
-                        return Copy(self._recorder, template, path, values).run()
+                        return Copy(self._recorder, template, module, self._paths, values).run()
         return None
 
     def _same_call(self, template: Template, arguments: tuple[Any, ...]) -> bool:
@@ -142,6 +147,9 @@ class Repeater:
     ) -> dict[int, Value] | None:
         """The new layer's values by the index of the old one's; None if ties differ."""
         value_of = self._recorder.value_of
+        parts = [[path for path, _ in each.named_modules()] for each in (template.module, module)]
+        if parts[0] != parts[1]:
+            return None
         old_tensors, new_tensors = _own_tensors(template.module), _own_tensors(module)
         if list(old_tensors) != list(new_tensors):
             return None

@@ -105,9 +105,11 @@ def _trace(
         _register_model(recorder, model, originals)
         _register_inputs(recorder, model, arguments, keywords, given)
         repeater = Repeater(recorder, model, copy_layers)
-        stack.enter_context(recorded_modules(recorder, model, repeater))
+        stack.enter_context(recorded_modules(recorder, repeater))
         stack.enter_context(asking_logarithms())
         stack.enter_context(_no_fast_path())
+        # parts that are compiled run as they were written
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(OperatorMode(recorder))
@@ -122,7 +124,7 @@ def _trace(
             raise
         with recorder.pause():
             recorder.trace.outputs = recorder.values_by_path(result, inside_objects=True)
-    recorder.gradients.finish()
+    recorder.gradients.finish(recorder.trace.operations)
     return recorder.trace
 
 
