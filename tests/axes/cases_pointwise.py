@@ -17,7 +17,15 @@ def broadcast_pair(draw: Draw) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @case("aten.add.Tensor", "aten.sub.Tensor", "aten.rsub.Tensor", "aten.mul.Tensor", "aten.div.Tensor")
-@case("aten.max.other", "aten.min.other", "aten.floor_divide", "aten.div.Tensor_mode", "aten.add_.Tensor")
+@case(
+    "aten.polar",
+    "aten.complex",
+    "aten.max.other",
+    "aten.min.other",
+    "aten.floor_divide",
+    "aten.div.Tensor_mode",
+    "aten.add_.Tensor",
+)
 def two(draw: Draw, function: Any) -> Case:
     keywords = {"rounding_mode": "floor"} if function._overloadname == "Tensor_mode" else {}
     return Case(function, broadcast_pair(draw), keywords, free=3)

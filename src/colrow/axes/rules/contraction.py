@@ -130,7 +130,7 @@ def grouped_mm(op: RuleContext) -> None:
     """
     first, second = op.value("self"), op.value("mat2")
     rows, weights = op.dimensions(first), op.dimensions(second)
-    if len(rows) != 2 or len(weights) != 3 or op.optional("bias") is not None:
+    if len(rows) != 2 or len(weights) != 3 or op.optional("offs") is None or op.optional("bias"):
         op.block_all("groups of this form")
         return
     op.unify(rows[1], weights[1])
@@ -138,4 +138,7 @@ def grouped_mm(op: RuleContext) -> None:
     op.look_up(weights[0])
     op.block(rows[0], "rows sorted by group")
     op.block_dimensions("offs", [0], "ends of groups, read as a whole")
+    for other in op.value("offs").uses:
+        if other.name == op.name and other.index < op.operation.index:
+            op.unify(weights[0], op.dimensions(other.inputs[1])[0])  # the same rows by the same experts
     op.set_output([rows[0], weights[2]])

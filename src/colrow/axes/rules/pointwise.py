@@ -59,7 +59,16 @@ def addcdiv(op: RuleContext) -> None:
     elementwise(op)
 
 
-@rule("aten.max.other", "aten.min.other", "aten.fill", "aten.zero", "aten.floor_divide", "aten.clamp")
+@rule(
+    "aten.max.other",
+    "aten.min.other",
+    "aten.polar",
+    "aten.complex",
+    "aten.fill",
+    "aten.zero",
+    "aten.floor_divide",
+    "aten.clamp",
+)
 def named(op: RuleContext) -> None:
     """Pointwise, whatever their tags."""
     elementwise(op)
