@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from unittest import mock
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 @contextmanager
@@ -24,18 +23,33 @@ def parameters_on_meta() -> Iterator[None]:
             parameter = type(parameter)(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
         register(module, name, parameter)
 
-    with mock.patch.object(nn.Module, "register_parameter", on_meta):
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
+    try:
         yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
-def materialise(model: nn.Module, values: dict[int, torch.Tensor]) -> None:
-    """Replace parameters by ones that hold ``values``, by identity of the old one; ties stay ties."""
-    made: dict[int, nn.Parameter] = {}
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is None or id(parameter) not in values:
-                continue
-            key = id(parameter)
-            if key not in made:
-                made[key] = nn.Parameter(values[key], requires_grad=parameter.requires_grad)
-            module._parameters[name] = made[key]
+def materialise(tensor: Tensor, value: Tensor, name: str) -> None:
+    """Give a parameter or buffer on the meta device memory with ``value`` in it.
+
+    The object stays the same, with its hooks and attributes: an optimizer that holds it trains it.
+
+    Raises:
+        ValueError: if something refers to the object's memory, so that this is impossible.
+    """
+    new = nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
+    hooks, accumulate_hooks = tensor._backward_hooks, tensor._post_accumulate_grad_hooks
+    try:
+        torch.utils.swap_tensors(tensor, new)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{name} on the meta device cannot be given memory, because weak references or an earlier "
+            f"forward's graph refer to it ({error}). Load the weights before the model is compiled or runs"
+        ) from error
+    # the attributes went with the memory; hooks are registered there too, so that they are set anew
+    tensor.__dict__.update(new.__dict__)
+    if hooks is not None:
+        tensor._backward_hooks = hooks
+    if accumulate_hooks is not None:
+        tensor._post_accumulate_grad_hooks = accumulate_hooks

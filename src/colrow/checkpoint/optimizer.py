@@ -4,90 +4,214 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from colrow.checkpoint.holders import Holders
 from colrow.checkpoint.reader import SafetensorsFolder
 from colrow.checkpoint.shards import Saved, write_global
 from colrow.layout import TensorLayout
 from colrow.state import PlacedParameter, placed_parameters, state_of
 
 _STEM = "optimizer"
-_GROUPS = "optimizer.json"
+_GROUPS = "groups"
+_NAMES = "params"
 
 
-def _states(
-    model: nn.Module, optimizer: torch.optim.Optimizer
-) -> list[tuple[PlacedParameter, dict[str, Any]]]:
-    return [
-        (placed, optimizer.state[placed.parameter])
-        for placed in placed_parameters(model)
-        if placed.parameter in optimizer.state
-    ]
+class _Entry(NamedTuple):
+    """One tensor of the optimizer's state."""
+
+    placed: PlacedParameter
+    key: str
+    value: Tensor
+
+    @property
+    def name(self) -> str:
+        return f"{self.placed.name}|{self.key}"
 
 
 def save_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, folder: str | Path) -> None:
-    """Write the optimizer's state, global, by parameter name; every rank calls this.
+    """Write the optimizer's state, global, by parameter name; every rank that holds the model calls this.
 
-    Tensors of a parameter's shape (AdamW's moments) are assembled like the parameter; other tensors (step
-    counts) and the groups' options are written as they are.
+    Of a sharded parameter the state may be tensors of the parameter's shape (AdamW's moments), which are
+    assembled like the parameter, or scalars that are the same on every rank (step counts). What kind a
+    state of some name is, is decided from all parameters and ranks together. State of replicated
+    parameters is written as it is.
+
+    As :func:`save_pretrained`, this returns when the files are complete, replaces an earlier save as a
+    whole, and fails on all ranks if it fails on one.
+
+    Raises:
+        ValueError: if the state of a sharded parameter is of another kind, such as Adafactor's factored
+            moments; if the optimizer trains something that is not in the model; if an option is no plain
+            number, string or sequence of such.
+        OSError: if the folder cannot be written.
     """
     state = state_of(model)
-    folder = Path(folder)
-    writes = state.is_first_replica
-    is_writer = writes and state.communicator.rank == 0
-    if is_writer:
-        folder.mkdir(parents=True, exist_ok=True)
-    saved = []
-    for placed, values in _states(model, optimizer):
-        for key, value in values.items():
+    holders = Holders(state)
+    label = f"save {folder}"
+    with holders.together(label):
+        groups = _describe_groups(model, optimizer)
+        entries = _entries(model, optimizer)
+    holders.require_same(
+        "\n".join([groups, *(entry.name for entry in entries)]),
+        "the optimizers of the ranks have different options, or state of different parameters",
+        label,
+    )
+    layouts = _layouts(entries, holders, label)
+    saved = [Saved(entry.name, entry.value, layout) for entry, layout in zip(entries, layouts, strict=True)]
+    write_global(Path(folder), _STEM, saved, state, metadata={_GROUPS: groups})
+
+
+def _describe_groups(model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
+    """The parameter groups as JSON: their options, and the names of their parameters."""
+    described = []
+    names = _parameter_names(model, optimizer)
+    for group, own_names in zip(optimizer.param_groups, names, strict=True):
+        options = {}
+        for key, value in group.items():
+            if key == _NAMES:
+                continue
+            options[key] = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+            try:
+                json.dumps(options[key])
+            except (TypeError, ValueError) as error:
+                raise ValueError(
+                    f"the optimizer's option {key!r} is a {type(value).__name__}, which cannot be saved: "
+                    "use numbers, strings or sequences of them"
+                ) from error
+        described.append(options | {_NAMES: own_names})
+    return json.dumps(described)
+
+
+def _parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[list[str]]:
+    names = {id(placed.parameter): placed.name for placed in placed_parameters(model)}
+    result = []
+    for number, group in enumerate(optimizer.param_groups):
+        for parameter in group["params"]:
+            if id(parameter) not in names:
+                raise ValueError(
+                    f"group {number} of the optimizer has a parameter of shape {list(parameter.shape)} that "
+                    "is not in the model: make one optimizer for the model alone"
+                )
+        result.append([names[id(parameter)] for parameter in group["params"]])
+    return result
+
+
+def _entries(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[_Entry]:
+    entries = []
+    for placed in placed_parameters(model):
+        for key, value in optimizer.state.get(placed.parameter, {}).items():
             if not isinstance(value, Tensor):
                 raise ValueError(f"the optimizer's {key!r} of {placed.name} is no tensor: it cannot be saved")
-            is_alike = value.shape == placed.parameter.shape
-            layout = placed.layout if is_alike else TensorLayout(tuple(value.shape))
-            saved.append(Saved(f"{placed.name}|{key}", value, layout))
-    write_global(folder, _STEM, saved, state.communicator, writes)
-    if is_writer:
-        groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-        partial = folder / f"{_GROUPS}.partial"
-        partial.write_text(json.dumps(groups, indent=2) + "\n")
-        partial.replace(folder / _GROUPS)
-    state.communicator.barrier(label="save_optimizer")
+            entries.append(_Entry(placed, key, value))
+    return entries
+
+
+def _layouts(entries: list[_Entry], holders: Holders, label: str) -> list[TensorLayout]:
+    """Where each tensor lies in its whole; the same decision on every rank."""
+    if not entries:
+        return []
+    other = torch.tensor([entry.value.shape != entry.placed.parameter.shape for entry in entries])
+    sizable = torch.tensor([entry.value.dim() > 0 for entry in entries])
+    other, sizable = holders.largest(torch.stack([other, sizable]).long(), label).bool()
+    # a factor of a moment may have the parameter's shape by accident, but not under its key everywhere
+    factors = {entry.key for entry, is_other in zip(entries, other, strict=True) if is_other}
+    values = [
+        0.0 if has_size else entry.value.item() for entry, has_size in zip(entries, sizable, strict=True)
+    ]
+    differ = holders.differing(torch.tensor(values, dtype=torch.float64).nan_to_num(), label)
+    layouts = []
+    for entry, has_size, differs in zip(entries, sizable, differ, strict=True):
+        placed = entry.placed
+        if not has_size and differs:
+            raise ValueError(
+                f"the optimizer's {entry.key!r} of {placed.name} is a number that differs between the ranks: "
+                "it was computed from a part of the parameter, and has no global form"
+            )
+        if not placed.layout.is_sharded:
+            layouts.append(TensorLayout(tuple(entry.value.shape)))
+        elif entry.key not in factors:
+            layouts.append(placed.layout)
+        elif not has_size:
+            layouts.append(TensorLayout(()))
+        else:
+            raise ValueError(
+                f"the optimizer's {entry.key!r} of {placed.name} has the shape {list(entry.value.shape)}. Of "
+                "a sharded parameter only state of the parameter's own shape and scalars can be saved: use "
+                "an optimizer such as AdamW or SGD, or save without the optimizer"
+            )
+    return layouts
 
 
 def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, folder: str | Path) -> None:
     """Restore what :func:`save_optimizer` wrote, at any number of ranks; each rank reads its parts.
 
+    Options of the groups and state become those that were saved. Call it with an optimizer of the same
+    groups of the same parameters.
+
     Raises:
         FileNotFoundError: if there is no such state.
-        ValueError: if the optimizer has other parameter groups.
+        ValueError: if the optimizer has other groups, or other parameters in them, or the shapes are others;
+            the optimizer is then unchanged.
     """
-    folder = Path(folder)
-    state = state_of(model)
-    if not (folder / _GROUPS).exists():
-        raise FileNotFoundError(f"there is no optimizer state in {folder}")
-    groups = json.loads((folder / _GROUPS).read_text())
-    if len(groups) != len(optimizer.param_groups):
-        raise ValueError(
-            f"the saved optimizer has {len(groups)} parameter groups, this one {len(optimizer.param_groups)}"
-        )
-    for group, options in zip(optimizer.param_groups, groups, strict=True):
-        group.update({k: tuple(v) if isinstance(group.get(k), tuple) else v for k, v in options.items()})
-    files = SafetensorsFolder(folder, _STEM)
+    folder, state = Path(folder), state_of(model)
+    try:
+        files = SafetensorsFolder(folder, _STEM)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"there is no optimizer state in {folder}: {error}") from error
+    if _GROUPS not in files.metadata:
+        raise ValueError(f"the optimizer state in {folder} was not written by colrow.save_optimizer")
+    groups: list[dict[str, Any]] = json.loads(files.metadata[_GROUPS])
+    _check_groups(groups, _parameter_names(model, optimizer))
     keys: dict[str, list[str]] = {}
-    for name in files.names:
+    for name in sorted(files.names):
         parameter, _, key = name.rpartition("|")
         keys.setdefault(parameter, []).append(key)
+    options = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
+    loaded: list[tuple[nn.Parameter, dict[str, Tensor]]] = []
     for placed in placed_parameters(model):
-        values: dict[str, Tensor] = {}
-        for key in sorted(keys.get(placed.name, [])):
+        values = {}
+        for key in keys.pop(placed.name, []):
             name = f"{placed.name}|{key}"
             shape = files.shape(name)
-            is_alike = shape == placed.layout.shape and key != "step"
-            layout = placed.layout if is_alike else TensorLayout(shape)
+            has_parts = placed.layout.is_sharded and shape != ()
+            layout = placed.layout if has_parts else TensorLayout(shape)
             value = files.read(name, layout, state.communicator.rank)
-            values[key] = value.to(placed.parameter.device) if is_alike else value
+            group = options.get(id(placed.parameter), {})
+            # torch keeps counts on the CPU, unless the whole step runs on the device
+            stays = shape == () and not (group.get("capturable") or group.get("fused"))
+            values[key] = value if stays else value.to(placed.parameter.device)
+        loaded.append((placed.parameter, values))
+    for group, saved in zip(optimizer.param_groups, groups, strict=True):
+        for key, option in saved.items():
+            if key != _NAMES:
+                group[key] = _like(group.get(key), option)
+    for trained, values in loaded:
+        optimizer.state.pop(trained, None)
         if values:
-            optimizer.state[placed.parameter] = values
+            optimizer.state[trained] = values
+
+
+def _check_groups(saved: list[dict[str, Any]], names: list[list[str]]) -> None:
+    if len(saved) != len(names):
+        raise ValueError(f"the saved optimizer has {len(saved)} parameter groups, this one {len(names)}")
+    for number, (group, own) in enumerate(zip(saved, names, strict=True)):
+        missing = [name for name in own if name not in set(group[_NAMES])]
+        unknown = [name for name in group[_NAMES] if name not in set(own)]
+        if missing or unknown:
+            raise ValueError(
+                f"the saved optimizer is of other parameters: its group {number}"
+                + (f" lacks {', '.join(missing[:5])}" if missing else "")
+                + (" and" if missing and unknown else "")
+                + (f" has {', '.join(unknown[:5])}, which this one does not" if unknown else "")
+            )
+
+
+def _like(present: object, saved: Any) -> Any:
+    """A saved option in the type that the optimizer has it in: JSON knows no tuples and no tensors."""
+    if isinstance(present, Tensor):
+        return torch.full_like(present, saved)
+    return tuple(saved) if isinstance(present, tuple) else saved

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,29 +28,37 @@ def save_pretrained(model: nn.Module, folder: str | Path, *, bytes_per_file: int
     The folder loads with plain ``AutoModel...from_pretrained``: names, shapes and dtypes are those of the
     original model, tied weights are written once. No rank holds more than one global tensor at a time.
 
+    Nobody returns before the files are complete: this waits for all ranks of the mesh, replicas along its
+    other dimensions included, also if the model was parallelized with a slice of it such as ``mesh["tp"]``.
+    A save that fails or is killed leaves the save before it in effect, the new one takes effect as a whole:
+    :mod:`colrow.checkpoint.replacement` says how.
+
     Args:
         model: a parallelized model; with a transformers model its configurations are written too.
-        folder: made if it does not exist; files of the same names are replaced, each at once.
+        folder: made if it does not exist; an earlier save in it is replaced, other files stay.
         bytes_per_file: begin another file, with an index, when one would grow beyond this.
+
+    Raises:
+        ValueError: if safetensors cannot store a tensor's dtype, or the ranks hold different models.
+        OSError: if the folder cannot be written. All ranks raise: the writing one its own error, the others
+            one that says what it reported.
     """
     module, state = parallel_module(model), state_of(model)
-    folder = Path(folder)
-    writes = state.is_first_replica
-    is_writer = writes and state.communicator.rank == 0
-    if is_writer:
-        folder.mkdir(parents=True, exist_ok=True)
     saved = [
         Saved(_saved_name(module, placed), placed.parameter, placed.layout)
-        for placed in placed_parameters(model)
+        for placed in placed_parameters(module)
     ]
     saved += [
         Saved(name, buffer, TensorLayout(tuple(buffer.shape))) for name, buffer in _persistent_buffers(module)
     ]
-    write_global(folder, "model", saved, state.communicator, writes, bytes_per_file)
-    if is_writer:
-        _save_configurations(module, folder)
-    # nobody returns before the files are complete
-    state.communicator.barrier(label="save_pretrained")
+    write_global(
+        Path(folder),
+        "model",
+        saved,
+        state,
+        bytes_per_file=bytes_per_file,
+        write_configurations=partial(_save_configurations, module),
+    )
 
 
 def _saved_name(module: nn.Module, placed: PlacedParameter) -> str:
@@ -140,41 +149,53 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
 
     Parameters on the meta device become real ones on the mesh's device; others are written in place.
 
+    The parameter objects stay, with their hooks and attributes, so that an optimizer may be made before.
+
     Raises:
         FileNotFoundError: if there are no safetensors.
-        ValueError: if weights are missing or have other shapes than the model.
+        ValueError: if weights or persistent buffers are missing or have other shapes than the model, or a
+            buffer that no checkpoint holds is on the meta device. The model is unchanged.
     """
     module, state = parallel_module(model), state_of(model)
     files = SafetensorsFolder(Path(folder))
     rank, device = state.communicator.rank, state.mesh.device_type
-    sources: dict[str, str] = {}
-    missing = []
-    for placed in placed_parameters(model):
-        source = next((name for name in placed.names if name in files.names), None)
-        if source is None:
-            missing.append(placed.name)
-        else:
-            sources[placed.name] = source
+    targets: list[tuple[tuple[str, ...], torch.Tensor, TensorLayout]] = [
+        (one.names, one.parameter, one.layout) for one in placed_parameters(module)
+    ]
+    buffers = dict(_persistent_buffers(module))
+    targets += [((name,), buffer, TensorLayout(tuple(buffer.shape))) for name, buffer in buffers.items()]
+    sources = [_source(files, names, layout) for names, _, layout in targets]
+    missing = [names[0] for (names, _, _), source in zip(targets, sources, strict=True) if source is None]
     if missing:
+        raise ValueError(f"{folder} lacks {len(missing)} of the model's weights: {_first(missing)}")
+    lost = [name for name, one in module.named_buffers() if one.is_meta and name not in buffers]
+    if lost:
         raise ValueError(
-            f"{folder} lacks {len(missing)} of the model's weights: {', '.join(missing[:5])}"
-            + (", ..." if len(missing) > 5 else "")
+            f"{len(lost)} buffers are on the meta device, and checkpoints do not hold them: {_first(lost)}. "
+            "Build the model in colrow.checkpoint.parameters_on_meta(), which leaves buffers real"
         )
-    buffers = _persistent_buffers(module)
-    known = {name for placed in placed_parameters(model) for name in placed.names} | {
-        name for name, _ in buffers
-    }
-    unknown = sorted(files.names - known)
+    unknown = sorted(files.names - {name for names, _, _ in targets for name in names})
     if unknown:
-        warnings.warn(f"{folder} has tensors that the model does not: {', '.join(unknown[:5])}", stacklevel=2)
-    values: dict[int, torch.Tensor] = {}
-    for placed in placed_parameters(model):
-        local = files.read(sources[placed.name], placed.layout, rank, placed.parameter.dtype)
-        if placed.parameter.is_meta:
-            values[id(placed.parameter)] = local.to(device)
+        warnings.warn(f"{folder} has tensors that the model does not: {_first(unknown)}", stacklevel=2)
+    for (names, tensor, layout), source in zip(targets, sources, strict=True):
+        local = files.read(str(source), layout, rank, tensor.dtype)
+        if tensor.is_meta:
+            materialise(tensor, local.to(device), names[0])
         else:
-            placed.parameter.data.copy_(local)
-    materialise(module, values)
-    for name, buffer in buffers:
-        if name in files.names:
-            buffer.copy_(files.read(name, TensorLayout(tuple(buffer.shape)), rank, buffer.dtype))
+            tensor.data.copy_(local)
+
+
+def _source(files: SafetensorsFolder, names: tuple[str, ...], layout: TensorLayout) -> str | None:
+    """Under which of a tensor's names the files hold it.
+
+    Raises:
+        ValueError: if its shape there is another.
+    """
+    source = next((name for name in names if name in files.names), None)
+    if source is not None:
+        files.check_shape(source, layout)
+    return source
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

@@ -30,10 +30,15 @@ class SafetensorsFolder:
         index, single = folder / f"{stem}.safetensors.index.json", folder / f"{stem}.safetensors"
         self._folder = folder
         self._files: dict[Path, Any] = {}
-        if index.exists():
-            mapping: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        elif single.exists():
+        self.metadata: dict[str, str] = {}
+        """Strings that were saved with the tensors."""
+        if single.exists():  # before the index, as transformers does
             mapping = dict.fromkeys(self._open(single).keys(), single.name)
+            self.metadata = self._open(single).metadata() or {}
+        elif index.exists():
+            content = json.loads(index.read_text())
+            mapping = content["weight_map"]
+            self.metadata = content.get("metadata", {})
         else:
             raise FileNotFoundError(f"there is neither {single.name} nor {index.name} in {folder}")
         self._mapping = mapping
@@ -54,18 +59,23 @@ class SafetensorsFolder:
         """The global shape of a tensor."""
         return tuple(self._slice(name).get_shape())
 
+    def check_shape(self, name: str, layout: TensorLayout) -> None:
+        """Raise a ``ValueError`` if the file's shape is not the layout's."""
+        shape = self.shape(name)
+        if shape != layout.shape:
+            raise ValueError(
+                f"{name} has the shape {list(shape)} in {self._folder}, the model expects "
+                f"{list(layout.shape)}"
+            )
+
     def read(self, name: str, layout: TensorLayout, rank: int, dtype: torch.dtype | None = None) -> Tensor:
         """The shard of ``rank``; only its index ranges are read.
 
         Raises:
             ValueError: if the file's shape is not the layout's.
         """
+        self.check_shape(name, layout)
         source = self._slice(name)
-        if tuple(source.get_shape()) != layout.shape:
-            raise ValueError(
-                f"{name} has the shape {source.get_shape()} in {self._folder}, the model expects "
-                f"{list(layout.shape)}"
-            )
         ranges = [layout.ranges(dimension, rank) for dimension in range(len(layout.shape))]
         if not ranges:
             whole: Tensor = self._open(self._folder / self._mapping[name]).get_tensor(name)

@@ -1,18 +1,26 @@
-"""Sharded tensors to and from global files: used for weights and for the optimizer's state alike."""
+"""Sharded tensors to global files: used for weights and for the optimizer's state alike."""
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
+import torch
 from torch import Tensor
 
+from colrow.checkpoint.holders import Holders
+from colrow.checkpoint.replacement import Replacement
 from colrow.checkpoint.writer import SafetensorsWriter, TensorSpec
 from colrow.collectives import Communicator
 from colrow.layout import TensorLayout
+from colrow.state import ParallelState
+
+T = TypeVar("T")
 
 BYTES_PER_FILE = 5 * 1024**3
 
@@ -30,8 +38,8 @@ class Saved:
         return TensorSpec(self.name, self.local.dtype, self.layout.shape)
 
 
-def split_files(specs: Sequence[TensorSpec], stem: str, limit: int) -> list[tuple[str, list[TensorSpec]]]:
-    """File names, as transformers gives them, and what goes into each: ``limit`` bytes or one tensor."""
+def split_files(specs: Sequence[TensorSpec], limit: int) -> list[list[TensorSpec]]:
+    """What goes into each file: ``limit`` bytes or one tensor."""
     files: list[list[TensorSpec]] = [[]]
     filled = 0
     for spec in specs:
@@ -40,76 +48,133 @@ def split_files(specs: Sequence[TensorSpec], stem: str, limit: int) -> list[tupl
             filled = 0
         files[-1].append(spec)
         filled += spec.bytes
-    if len(files) == 1:
-        return [(f"{stem}.safetensors", files[0])]
-    total = len(files)
-    return [(f"{stem}-{i + 1:05d}-of-{total:05d}.safetensors", group) for i, group in enumerate(files)]
+    return files
 
 
 def write_global(
     folder: Path,
     stem: str,
     tensors: Iterable[Saved],
-    ranks: Communicator,
-    writes: bool,
+    state: ParallelState,
+    *,
     bytes_per_file: int = BYTES_PER_FILE,
+    metadata: Mapping[str, str] | None = None,
+    write_configurations: Callable[[Path], None] | None = None,
 ) -> None:
-    """Write all ranks' shards as global tensors; called by every rank of the group.
+    """Write all ranks' shards as global tensors; called by every rank that holds the model.
 
-    The group's first rank receives one tensor's shards at a time and puts them where they belong in the
-    file, which is mapped into memory.
+    The first rank of the first replica receives one tensor's shards at a time and puts them where they
+    belong in the file, which is mapped into memory. Nobody returns before the files are complete; after each
+    file all holders learn whether it was written, and if not, all raise.
 
     Args:
-        folder: exists.
+        folder: made if it does not exist.
         stem: ``model`` for ``model.safetensors``; several files get an index.
         tensors: in file order, the same on every rank.
-        ranks: the tensor-parallel group.
-        writes: whether this group writes (one of several replicas does) or has nothing to do.
+        state: of the model.
         bytes_per_file: begin another file when one would grow beyond this.
+        metadata: strings for the header of the file, or for the index of several.
+        write_configurations: writes small files that belong to the tensors into the folder it is given.
+
+    Raises:
+        ValueError: if a dtype cannot be stored, or the ranks hold different models.
+        OSError: if the folder cannot be written; on the writing rank its own error.
     """
-    if not writes:
-        return
+    label, ranks, holders = f"save {folder}", state.communicator, Holders(state)
     saved = list(tensors)
+    with holders.together(label):
+        names = [f"{one.name} {one.spec.dtype_name} {one.layout.shape}" for one in saved]
+    holders.require_same(
+        "\n".join(names),
+        "the ranks of the mesh hold tensors of different names, dtypes or shapes: along its other dimensions "
+        "than tp they must be replicas of one model",
+        label,
+    )
+    takes_part = state.is_first_replica
+    is_writer = takes_part and ranks.rank == 0
+    groups = split_files([one.spec for one in saved], bytes_per_file)
     by_name = {one.name: one for one in saved}
-    files = split_files([one.spec for one in saved], stem, bytes_per_file)
-    for file_name, specs in files:
-        if ranks.rank == 0:
-            with SafetensorsWriter(folder / file_name, specs) as writer:
-                for spec in specs:
-                    one = by_name[spec.name]
-                    out = writer.tensor(spec.name)
-                    for rank, shard in enumerate(_gather(one, ranks)):
-                        one.layout.place(shard, rank, out)
-        else:
-            for spec in specs:
-                _gather(by_name[spec.name], ranks)
-    if ranks.rank == 0:
-        _write_index(folder, stem, files)
+    with ExitStack() as stack:
+        with holders.together(label):
+            replacement = None
+            if is_writer:
+                replacement = stack.enter_context(Replacement(folder, stem, len(groups)))
+        for number, specs in enumerate(groups):
+            error = None
+            if takes_part:
+                path = replacement.partial(replacement.names[number]) if replacement else None
+                strings = metadata if len(groups) == 1 else None
+                error = _write_file(path, specs, by_name, ranks, strings)
+            holders.agree(error, label)
+        with holders.together(label):
+            if replacement is not None:
+                if write_configurations is not None:
+                    write_configurations(replacement.configurations)
+                replacement.commit(_index(groups, replacement.names, metadata))
+
+
+def _write_file(
+    path: Path | None,
+    specs: Sequence[TensorSpec],
+    by_name: Mapping[str, Saved],
+    ranks: Communicator,
+    metadata: Mapping[str, str] | None,
+) -> Exception | None:
+    """One file, on the rank that has a ``path``; the others send. What went wrong with the file, if anything.
+
+    After an error the writer goes on to receive, so that the other ranks come to where they learn of it.
+    """
+    errors: list[Exception] = []
+
+    def attempt(work: Callable[[], T]) -> T | None:
+        if not errors:
+            try:
+                return work()
+            except Exception as error:
+                errors.append(error)
+        return None
+
+    def place(writer: SafetensorsWriter, one: Saved, shards: Sequence[Tensor]) -> None:
+        out = writer.tensor(one.name)
+        for rank, shard in enumerate(shards):
+            one.layout.place(shard, rank, out)
+
+    with ExitStack() as stack:
+        writer = None
+        if path is not None:
+            writer = attempt(lambda: stack.enter_context(SafetensorsWriter(path, specs, metadata)))
+        for spec in specs:
+            one = by_name[spec.name]
+            shards = _gather(one, ranks)
+            if writer is not None:
+                attempt(partial(place, writer, one, shards))
+            del shards  # before the next ones arrive
+        if writer is not None:
+            attempt(writer.finish)
+    return errors[0] if errors else None
 
 
 def _gather(one: Saved, ranks: Communicator) -> list[Tensor]:
+    """The shards of all ranks on the first one, on the CPU; as bytes, which any transport can move."""
     local = one.local.detach()
     if not one.layout.is_sharded:
         return [local.cpu()] if ranks.rank == 0 else []
     shapes = [one.layout.local_shape(rank) for rank in range(ranks.size)]
-    return [shard.cpu() for shard in ranks.gather(local, shapes, label=f"save {one.name}")]
+    counts = [(one.layout.local_numel(rank) * local.element_size(),) for rank in range(ranks.size)]
+    shards = ranks.gather(local.reshape(-1).view(torch.uint8), counts, label=f"save {one.name}")
+    return [
+        shard.cpu().view(local.dtype).view(shape) for shard, shape in zip(shards, shapes, strict=bool(shards))
+    ]
 
 
-def _write_index(folder: Path, stem: str, files: list[tuple[str, list[TensorSpec]]]) -> None:
-    index = folder / f"{stem}.safetensors.index.json"
-    if len(files) > 1:
-        content = {
-            "metadata": {"total_size": sum(spec.bytes for _, specs in files for spec in specs)},
-            "weight_map": {spec.name: name for name, specs in files for spec in specs},
-        }
-        partial = index.with_name(index.name + ".partial")
-        partial.write_text(json.dumps(content, indent=2) + "\n")
-        partial.replace(index)
-    else:
-        index.unlink(missing_ok=True)
-    # an earlier save may have had another number of files, which readers would prefer to these
-    for old in folder.glob(f"{stem}*.safetensors"):
-        if re.fullmatch(
-            re.escape(stem) + r"(-\d{5}-of-\d{5})?\.safetensors", old.name
-        ) and old.name not in dict(files):
-            old.unlink()
+def _index(
+    groups: Sequence[Sequence[TensorSpec]], names: Sequence[str], metadata: Mapping[str, str] | None
+) -> str:
+    content = {
+        "metadata": {
+            "total_size": sum(spec.bytes for specs in groups for spec in specs),
+            **(metadata or {}),
+        },
+        "weight_map": {spec.name: name for specs, name in zip(groups, names, strict=True) for spec in specs},
+    }
+    return json.dumps(content, indent=2) + "\n"
