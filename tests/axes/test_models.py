@@ -156,6 +156,47 @@ def test_bert_heads_with_biases() -> None:
     assert names(heads) == expected | {f"{prefix}.output.dense[1]"}
 
 
+def without_labels(model: nn.Module) -> Axes:
+    inputs = {"input_ids": torch.randint(3, 100, SHAPE)}
+    return infer(trace(model.eval(), (), inputs, routing="guess"))
+
+
+def test_query_key_and_value_within_each_head() -> None:
+    """``heads x (q + k + v)``, of which the rotation takes a part."""
+    fields = {"hidden_size": 48, "num_attention_heads": 6, "num_hidden_layers": 1, "intermediate_size": 96}
+    axes = without_labels(causal("GPTNeoX", **fields))
+    fused = "gpt_neox.layers.0.attention.query_key_value.weight"
+    assert text(axes, fused) == ["6*(1 + 1 + 6 + 1 + 1 + 6 + 8)", "48"]
+    legal = {axis.size for axis in axes.all if axis.legal and (fused, 0) in axis.parameters}
+    assert legal == {6, 8}, "heads, and the features of the values"
+
+
+def test_groups_of_queries_with_their_key_and_value() -> None:
+    """``groups x (queries + 1 + 1) x features``."""
+    fields = {"hidden_size": 64, "num_attention_heads": 8, "num_kv_heads": 2, "num_hidden_layers": 1}
+    axes = without_labels(causal("Falcon", new_decoder_architecture=True, alibi=False, bias=False, **fields))
+    block = "transformer.h.0.self_attention"
+    assert text(axes, f"{block}.query_key_value.weight") == ["2*(4 + 1 + 1)*(4 + 4)", "64"]
+    groups = axis_of(axes, f"{block}.query_key_value.weight", 0, 2)
+    assert groups.legal
+    assert names(groups) == {f"{block}.query_key_value[0]", f"{block}.dense[1]"}
+
+
+def test_stacked_experts_can_be_cut_along_and_inside() -> None:
+    fields = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 33, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 10}
+    axes = without_labels(causal("Qwen3Moe", hidden_size=48, **heads, **fields))
+    block = "model.layers.0.mlp.experts"
+    assert text(axes, f"{block}.gate_up_proj") == ["5", "(33 + 33)", "48"]
+    for size, dimensions in ((5, (0, 0)), (33, (1, 2))):
+        axis = axis_of(axes, f"{block}.gate_up_proj", dimensions[0], size)
+        assert axis.legal
+        members = {
+            f"{block}.{n}[{d}]" for n, d in zip(("gate_up_proj", "down_proj"), dimensions, strict=True)
+        }
+        assert names(axis) == members
+
+
 @pytest.mark.parametrize("build", [llama, gpt2, bert])
 def test_the_sequence_is_illegal_and_in_one_piece(build: Callable[[], nn.Module]) -> None:
     axes = axes_of(build)

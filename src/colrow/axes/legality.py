@@ -46,7 +46,8 @@ def _collect_members(axes: Axes, found: dict[int, Axis]) -> None:
                 axis.members.append((value, dimension))
         for atom in axes.atoms(value):
             if sum(axes.factors.count(factor, atom) for factor in dimensions) > 1:
-                _forbid(found[atom.index], "twice in one tensor", value.producer)
+                name = f" ({value.source.name})" if value.source.name else ""
+                _forbid(found[atom.index], f"twice in one tensor{name}", value.producer)
 
 
 def _collect_operation(axes: Axes, operation: Operation, found: dict[int, Axis], volumes: Volumes) -> None:

@@ -22,7 +22,7 @@ from colrow.trace.records import Value
 )
 def along_one(op: RuleContext) -> None:
     dimension = op.argument("dim", -1)
-    op.block_dimensions("self", [dimension], f"{op.name.removeprefix('aten.')} over it")
+    op.block_dimensions("self", [dimension], f"{op.name.removeprefix('aten.').lstrip('_')} over it")
     op.set_same("self")
 
 
@@ -62,7 +62,7 @@ def topk(op: RuleContext) -> None:
     value = op.value("self")
     given = op.argument("dim", -1)
     dimension = positive(given, len(value.shape))
-    text = f"{op.name.removeprefix('aten.')} over it"
+    text = f"{op.name.removeprefix('aten.').lstrip('_')} over it"
     op.block_dimensions(value, [dimension], text)
     for output, result in enumerate(op.outputs):
         dimensions: list[Factor] = list(op.dimensions(value))
@@ -108,7 +108,7 @@ def mean(op: RuleContext) -> None:
     "aten.count_nonzero",
 )
 def reduced(op: RuleContext) -> None:
-    reduce(op, op.value("self"), f"{op.name.removeprefix('aten.')} over it")
+    reduce(op, op.value("self"), f"{op.name.removeprefix('aten.').lstrip('_')} over it")
 
 
 def reduce(op: RuleContext, value: Value, text: str) -> None:
