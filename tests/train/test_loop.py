@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
+from colrow.plan import AxisSpec, HandPlan, LossSpec, column, row, vocab
 from colrow.train.configuration import TrainConfiguration
 from colrow.train.data import DataOrder
 from colrow.train.folder import RunFolder
@@ -292,3 +293,49 @@ def test_under_a_launcher_the_first_rank_prepares(ranks: Ranks, tmp_path: Path) 
     assert told.startswith("ValueError: ")
     assert "already holds a run" in told
     assert silent == "SystemExit: 2"
+
+
+OPT = HandPlan(
+    axes={
+        "heads": AxisSpec("config.num_attention_heads", every_rank=True),
+        "mlp": AxisSpec(),
+        "vocab": AxisSpec(),
+    },
+    styles={
+        "**.embed_tokens": vocab("vocab"),
+        "**.self_attn.{q,k,v}_proj": column("heads"),
+        "**.self_attn.out_proj": row("heads"),
+        "**.layers.*.fc1": column("mlp"),
+        "**.layers.*.fc2": row("mlp"),
+        "lm_head": column("vocab"),
+    },
+    attributes={"**.self_attn.num_heads": "heads"},
+    loss=LossSpec("lm_head"),
+)
+"""For an architecture that has no example plan."""
+
+
+def test_an_architecture_without_an_example_plan(ranks: Ranks, tmp_path: Path) -> None:
+    """One rank needs no plan; more take one that is named; without it the run does not start."""
+    fields = {
+        "hidden_size": 24,
+        "word_embed_proj_dim": 24,
+        "ffn_dim": 41,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
+        "max_position_embeddings": 64,
+        "dropout": 0.0,
+    }
+    folders = []
+    for tp, plan in ((1, None), (2, f"{__name__}:OPT")):
+        model = {"config": "OPTConfig", "fields": fields, "plan": plan}
+        folders.append(_run(ranks, small(tmp_path, run_dir=str(tmp_path / f"tp{tp}"), tp=tp, model=model)))
+    assert _losses(folders[1]) == pytest.approx(_losses(folders[0]), abs=1e-5)
+    for plan, message in (
+        (None, "no hand-written plan for OPTForCausalLM"),
+        ("tests.train.test_loop:OPTS", r"model\.plan must be package\.module:NAME"),
+        ("tests.train.test_loop:Ranks", r"not a colrow\.plan\.HandPlan"),
+    ):
+        model = {"config": "OPTConfig", "fields": fields, "plan": plan}
+        with pytest.raises(ValueError, match=message):
+            prepare(small(tmp_path, run_dir=str(tmp_path / "refused"), tp=2, model=model))

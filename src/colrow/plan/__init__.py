@@ -1,6 +1,6 @@
 """Plans as data: written by hand here; printed, compared and applied elsewhere."""
 
-from colrow.plan.examples import BERT, GPT2, LLAMA, hand_plan
+from colrow.plan.examples import BERT, GPT2, LLAMA, default_plan, hand_plan
 from colrow.plan.hand import AxisSpec, HandPlan, LossSpec, Style, column, replicated, row, vocab
 from colrow.plan.plan import (
     Axis,
@@ -32,6 +32,7 @@ __all__ = [
     "Sharding",
     "Style",
     "column",
+    "default_plan",
     "hand_plan",
     "replicated",
     "row",

@@ -6,6 +6,7 @@ from torch import nn
 
 from colrow.errors import PlanError
 from colrow.plan.hand import AxisSpec, HandPlan, LossSpec, column, replicated, row, vocab
+from colrow.plan.plan import Plan
 
 LLAMA = HandPlan(
     axes={
@@ -94,3 +95,14 @@ def hand_plan(model: nn.Module) -> HandPlan:
             "Write a colrow.plan.HandPlan and pass it.",
         )
     return _BY_MODEL_TYPE[model_type]
+
+
+def default_plan(model: nn.Module, ranks: int) -> Plan:
+    """The example plan of a model over ``ranks`` ranks; on one rank any model has a plan, that cuts nothing.
+
+    Raises:
+        PlanError: if there is no example for the model and more than one rank.
+    """
+    if ranks == 1 and getattr(getattr(model, "config", None), "model_type", None) not in _BY_MODEL_TYPE:
+        return Plan(1)
+    return hand_plan(model).resolve(model, ranks)

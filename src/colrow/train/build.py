@@ -10,9 +10,10 @@ from torch.distributed.device_mesh import DeviceMesh
 
 import colrow
 from colrow.checkpoint import load_optimizer, load_pretrained
+from colrow.plan import default_plan
 from colrow.train.configuration import TrainConfiguration
 from colrow.train.folder import RunFolder
-from colrow.train.model import DTYPES, new_model, plan_of, transformers_configuration
+from colrow.train.model import DTYPES, named_plan, new_model, transformers_configuration
 from colrow.train.optimizer import build_optimizer
 from colrow.train.tokenizer import load_tokenizer
 
@@ -38,15 +39,16 @@ def build(
     dtype = DTYPES[configuration.precision]
     source = checkpoint / "model" if checkpoint is not None else configuration.model.path
     colrow.manual_seed(configuration.seed, mesh)
+    plan = named_plan(configuration.model.plan)
     model: Any
     if source is None:
         description = transformers_configuration(configuration.model, load_tokenizer(folder.tokenizer))
         model = new_model(description, dtype)
-        model = colrow.parallelize(model, mesh, plan_of(model))
+        model = colrow.parallelize(model, mesh, plan or default_plan(model, configuration.tp))
     else:
         # the attention's implementation is no part of a saved configuration
         chosen = {k: v for k, v in configuration.model.fields.items() if k == "attn_implementation"}
-        model = load_pretrained(source, mesh, dtype=dtype, **chosen)
+        model = load_pretrained(source, mesh, plan, dtype=dtype, **chosen)
     model.to(device_of(mesh))
     if configuration.checkpoint_activations:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

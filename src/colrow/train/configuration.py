@@ -19,11 +19,14 @@ class ModelConfiguration:
         fields: the fields of that configuration, such as hidden_size: 256. vocab_size and the ids of the
             special tokens are taken from the tokenizer unless given.
         path: local folder in Hugging Face layout (config.json, safetensors): fine-tunes that model.
+        plan: how to cut it, as package.module:NAME of a colrow.plan.HandPlan. Without it the example plan of
+            its type; for one rank none is needed.
     """
 
     config: str | None = None
     fields: dict[str, Any] = field(default_factory=dict)
     path: str | None = None
+    plan: str | None = None
 
 
 @dataclass

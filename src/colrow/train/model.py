@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBa
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES  # type: ignore[attr-defined]
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from colrow.plan import HandPlan, hand_plan
+from colrow.plan import HandPlan, default_plan
 from colrow.train.configuration import ModelConfiguration, Precision
 
 DTYPES: dict[Precision, torch.dtype] = {
@@ -87,8 +88,32 @@ def new_model(configuration: Any, dtype: torch.dtype) -> Any:
         raise ValueError(f"no model can be built from this {name}: {_one_line(error)}") from error
 
 
-def check_on_meta(configuration: Any, tp: int, checkpoint_activations: bool) -> int:
+def named_plan(name: str | None) -> HandPlan | None:
+    """The plan at ``package.module:NAME``; ``None`` if none is named.
+
+    Raises:
+        ValueError: if there is no such plan.
+    """
+    if name is None:
+        return None
+    module, _, attribute = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"model.plan must be package.module:NAME of a HandPlan; {name}: {error}") from error
+    if not isinstance(found, HandPlan):
+        raise ValueError(f"model.plan: {name} is a {type(found).__name__}, not a colrow.plan.HandPlan")
+    return found
+
+
+def check_on_meta(configuration: Any, plan: HandPlan | None, tp: int, checkpoint_activations: bool) -> int:
     """Build and plan the model without memory, to see that it can be built and cut.
+
+    Args:
+        configuration: of transformers.
+        plan: how to cut it; ``None``: the example plan of its type.
+        tp: number of ranks.
+        checkpoint_activations: whether it is meant to recompute activations.
 
     Returns:
         Its number of parameters.
@@ -103,13 +128,11 @@ def check_on_meta(configuration: Any, tp: int, checkpoint_activations: bool) -> 
         raise ValueError(
             f"{type(model).__name__} cannot recompute its layers: set checkpoint_activations: false"
         )
-    plan_of(model).resolve(model, tp)
+    if plan is not None:
+        plan.resolve(model, tp)
+    else:
+        default_plan(model, tp)
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def plan_of(model: Any) -> HandPlan:
-    """How a model is cut."""
-    return hand_plan(model)
 
 
 @contextmanager

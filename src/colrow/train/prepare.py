@@ -16,7 +16,13 @@ from transformers import PreTrainedTokenizerBase
 from colrow.train.configuration import DataConfiguration, TrainConfiguration
 from colrow.train.data import PackedSequences, write_tokens
 from colrow.train.folder import RunFolder, write_atomically
-from colrow.train.model import check_length, check_names, check_on_meta, transformers_configuration
+from colrow.train.model import (
+    check_length,
+    check_names,
+    check_on_meta,
+    named_plan,
+    transformers_configuration,
+)
 from colrow.train.parse import to_yaml
 from colrow.train.text import hold_out, read_documents
 from colrow.train.tokenizer import load_tokenizer, train_tokenizer
@@ -61,7 +67,8 @@ def prepare(configuration: TrainConfiguration) -> list[str]:
         data, tokenizer = _tokens(folder, stage, configuration)
         model = transformers_configuration(configuration.model, tokenizer)
         _check_lengths(model, tokenizer, configuration)
-        parameters = check_on_meta(model, configuration.tp, configuration.checkpoint_activations)
+        plan = named_plan(configuration.model.plan)
+        parameters = check_on_meta(model, plan, configuration.tp, configuration.checkpoint_activations)
         fresh = stage.data.exists()
         training, validation = open_sequences(stage if fresh else folder, configuration.data, data.vocab_size)
         if configuration.overwrite:  # only now that nothing can go wrong any more
