@@ -201,3 +201,22 @@ def grid_sampler(draw: Draw, function: Any) -> Case:
     batch = draw.size()
     grid = draw.tensor(batch, draw.size(), draw.size(), 2)
     return Case(function, [draw.tensor(batch, draw.size(), 4, 4), grid, 0, 0, False], free=4)
+
+
+@case("aten.linalg_cross")
+def cross(draw: Draw, function: Any) -> Case:
+    a, b = draw.size(), draw.size()
+    return Case(function, [draw.tensor(a, 3, b), draw.tensor(a, 3, b)], {"dim": draw.choice(1, -2)}, free=2)
+
+
+@case("aten._cdist_forward", "aten._euclidean_dist")
+def distances(draw: Draw, function: Any) -> Case:
+    batch = [draw.size()]
+    rest = [2.0, None] if function._schema.name == "aten::_cdist_forward" else []
+    pair = [draw.tensor(*batch, draw.size(), 3), draw.tensor(*batch, draw.size(), 3)]
+    return Case(function, [*pair, *rest], free=3)
+
+
+@case("aten.channel_shuffle", "aten.native_channel_shuffle")
+def channel_shuffle(draw: Draw, function: Any) -> Case:
+    return Case(function, [draw.tensor(draw.size(), 4, draw.size(), 3), 2], free=3)

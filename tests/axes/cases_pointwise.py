@@ -38,12 +38,24 @@ def number(draw: Draw, function: Any) -> Case:
     return Case(function, [draw.tensor(*shape), 1.5], keywords, free=len(shape))
 
 
-@case("aten.neg", "aten.positive", "aten.zero", "aten.fill.Scalar", "aten.clamp", "aten.bernoulli")
+@case("aten.hardswish", "aten.log_sigmoid_forward", "aten.random", "aten.log_normal", "aten.geometric")
+@case(
+    "aten.cauchy",
+    "aten.neg",
+    "aten.positive",
+    "aten.zero",
+    "aten.fill.Scalar",
+    "aten.clamp",
+    "aten.bernoulli",
+)
 @case("aten.uniform", "aten.normal.Tensor_float", "aten.exponential", "aten.zero_")
 def one(draw: Draw, function: Any) -> Case:
     shape = draw.sizes()
     extra: list[Any] = {"aten::fill": [2.0], "aten::clamp": [-0.5, 0.5]}.get(function._schema.name, [])
-    random = function._schema.name in (
+    if function._schema.name == "aten::geometric":
+        extra = [0.5]
+    drawn = ("aten::random", "aten::log_normal", "aten::geometric", "aten::cauchy")
+    random = function._schema.name in drawn or function._schema.name in (
         "aten::uniform",
         "aten::normal",
         "aten::exponential",
@@ -56,6 +68,19 @@ def one(draw: Draw, function: Any) -> Case:
 @case("aten.real", "aten.imag")
 def complex_parts(draw: Draw, function: Any) -> Case:
     return Case(function, [torch.complex(draw.tensor(3, 2), draw.tensor(3, 2))], free=2)
+
+
+@case("aten._prelu_kernel")
+def prelu(draw: Draw, function: Any) -> Case:
+    channels = draw.size()
+    weight = draw.choice(draw.tensor(1, channels, 1), draw.tensor(1, 1, 1))
+    return Case(function, [draw.tensor(draw.size(), channels, 3), weight], free=3)
+
+
+@case("aten.rrelu_with_noise")
+def noisy(draw: Draw, function: Any) -> Case:
+    value = draw.tensor(draw.size(), 3)
+    return Case(function, [value, torch.zeros_like(value), 0.1, 0.3, True], free=2, compare=False)
 
 
 @case("aten.where.self")

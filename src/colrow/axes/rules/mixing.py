@@ -155,3 +155,30 @@ def glu(op: RuleContext) -> None:
     op.unify(first, op.segment(dimensions[dimension], half, 2 * half, text))
     dimensions[dimension] = first
     op.set_output(dimensions)
+
+
+@rule("aten.linalg_cross", linear=["self", "other"])
+def cross(op: RuleContext) -> None:
+    dimensions = op.broadcast(op.inputs, op.outputs[0].shape)
+    op.block(dimensions[op.argument("dim", -1)], "a vector product over it")
+    op.set_output(dimensions)
+
+
+@rule("aten._cdist_forward", "aten._euclidean_dist")
+def distances(op: RuleContext) -> None:
+    """``[..., rows, features]`` and ``[..., others, features]`` to ``[..., rows, others]``."""
+    first, second = op.dimensions("x1"), op.dimensions("x2")
+    if [factor.size for factor in first[:-2]] != [factor.size for factor in second[:-2]]:
+        op.block_all("distances between batches of different shapes")
+        return
+    for a, b in zip(first[:-2], second[:-2], strict=True):
+        op.unify(a, b)
+    for factor in (first[-1], second[-1]):
+        op.block(factor, "distances over it")
+    op.set_output([*first[:-1], second[-2]])
+
+
+@rule("aten.channel_shuffle", "aten.native_channel_shuffle", linear=["self"])
+def channel_shuffle(op: RuleContext) -> None:
+    op.block_dimensions("self", [1], "shuffled")
+    op.set_same("self")

@@ -62,6 +62,8 @@ def addcdiv(op: RuleContext) -> None:
 @rule(
     "aten.max.other",
     "aten.min.other",
+    "aten.hardswish",
+    "aten._prelu_kernel",
     "aten.polar",
     "aten.complex",
     "aten.fill",
@@ -72,6 +74,12 @@ def addcdiv(op: RuleContext) -> None:
 def named(op: RuleContext) -> None:
     """Pointwise, whatever their tags."""
     elementwise(op)
+
+
+@rule("aten.log_sigmoid_forward")
+def log_sigmoid(op: RuleContext) -> None:
+    """The second result is a buffer, on some devices empty."""
+    op.set_same("self")
 
 
 @rule("aten.isin", "aten.bucketize", "aten.searchsorted")
@@ -87,6 +95,18 @@ def compared(op: RuleContext) -> None:
     op.set_output(op.dimensions(given) if same and given is not None else op.atoms(op.outputs[0].shape))
 
 
-@rule("aten.native_dropout", "aten.bernoulli", "aten.uniform", "aten.normal", "aten.exponential", random=True)
+@rule(
+    "aten.native_dropout",
+    "aten.rrelu_with_noise",
+    "aten.random",
+    "aten.log_normal",
+    "aten.geometric",
+    "aten.cauchy",
+    "aten.bernoulli",
+    "aten.uniform",
+    "aten.normal",
+    "aten.exponential",
+    random=True,
+)
 def random(op: RuleContext) -> None:
     elementwise(op)
