@@ -97,6 +97,10 @@ def _divisors(number: int) -> Iterator[int]:
 
 
 def root_mesh(mesh: DeviceMesh) -> DeviceMesh:
-    """The mesh with all its dimensions that ``mesh`` is a part of; itself if it is no part."""
-    root: DeviceMesh = mesh._get_root_mesh()
+    """The mesh that ``mesh`` was sliced from, or itself: its ranks are those that hold the model."""
+    if hasattr(mesh, "_get_root_mesh"):
+        return mesh._get_root_mesh()
+    from torch.distributed.device_mesh import _mesh_resources  # torch before 2.10
+
+    root: DeviceMesh = _mesh_resources.get_root_mesh(mesh)
     return root

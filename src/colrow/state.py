@@ -10,20 +10,11 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from colrow.collectives import Communicator
 from colrow.layout import TensorLayout
+from colrow.mesh import root_mesh
 from colrow.modules import names_by_parameter
 from colrow.plan import Plan
 
 _ATTRIBUTE = "_colrow_state"
-
-
-def root_mesh(mesh: DeviceMesh) -> DeviceMesh:
-    """The mesh that ``mesh`` was sliced from, or itself: its ranks are those that hold the model."""
-    if hasattr(mesh, "_get_root_mesh"):
-        return mesh._get_root_mesh()
-    from torch.distributed.device_mesh import _mesh_resources  # torch before 2.10
-
-    root: DeviceMesh = _mesh_resources.get_root_mesh(mesh)
-    return root
 
 
 @dataclass(frozen=True)

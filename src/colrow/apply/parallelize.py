@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from colrow.apply.check import check_plan
 from colrow.apply.loss import ParallelLoss
+from colrow.apply.refusals import refuse_own_save
 from colrow.apply.regions import Scope, find_regions
 from colrow.apply.shadow import PartialParameters
 from colrow.collectives import Communicator, communicator
@@ -60,6 +61,7 @@ def parallelize(
     layouts = check_plan(plan, model)  # all of it before anything is changed
     check_equal_weights(model, ranks)
     _Applier(model, ranks, plan).apply(logits == "gather")
+    refuse_own_save(model)
     attach_state(model, ParallelState(mesh, ranks, plan, layouts))
     return model
 

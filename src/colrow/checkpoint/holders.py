@@ -11,7 +11,8 @@ from torch import Tensor
 
 from colrow.collectives import communicator
 from colrow.errors import RankFailure
-from colrow.state import ParallelState, root_mesh
+from colrow.mesh import root_mesh
+from colrow.state import ParallelState
 
 _MESSAGE_BYTES = 1000
 _NOBODY = -(2**62)

@@ -17,8 +17,9 @@ from colrow.apply import parallelize
 from colrow.checkpoint.meta import materialise, parameters_on_meta
 from colrow.checkpoint.reader import SafetensorsFolder
 from colrow.checkpoint.shards import BYTES_PER_FILE, Saved, write_global
+from colrow.collectives import communicator
 from colrow.layout import TensorLayout
-from colrow.plan import HandPlan, Plan, hand_plan
+from colrow.plan import HandPlan, Plan, default_plan
 from colrow.state import PlacedParameter, parallel_module, placed_parameters, state_of
 
 
@@ -129,7 +130,7 @@ def load_pretrained(
         model.tie_weights()  # type: ignore[operator]
     if (folder / "generation_config.json").exists():
         model.generation_config = transformers.GenerationConfig.from_pretrained(folder)  # type: ignore[assignment]
-    parallelize(model, mesh, plan or hand_plan(model))
+    parallelize(model, mesh, plan or default_plan(model, communicator(mesh).size))
     load_weights(model, folder)
     return model
 
