@@ -297,6 +297,19 @@ def test_a_real_model_is_not_touched_and_its_copy_holds_no_data() -> None:
     assert_same(record, trace(meta, (ids(),), {"labels": ids()}, mode="training"))
 
 
+def test_detached_results() -> None:
+    def forward(self: Function, x: Tensor) -> tuple[Tensor, ...]:
+        y = x @ self.weight
+        return y.detach(), y[1:].detach(), x.data, y.softmax(-1)
+
+    record = trace(Function(forward), (torch.randn(4, 4),))
+    assert not record.warnings
+    assert [o.name for o in record.operations].count("aten.detach") == 3
+    assert record.modules[0].last == len(record.operations)
+    assert [value.differentiable for _, value in record.outputs] == [False, False, False, True]
+    assert record.outputs[0][1].storage == record.operations[0].outputs[0].storage
+
+
 def test_compiled_and_checkpointed_parts_are_recorded_as_written() -> None:
     class Checkpointed(Nano):
         def forward(self, ids: Tensor, labels: Tensor | None = None) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -208,3 +209,28 @@ def test_results_collected_by_hooks_are_those_of_all_layers() -> None:
     paths = [path for path, _ in record.outputs]
     assert [path for path in paths if path[0] == "router_logits"] == [("router_logits", n) for n in range(4)]
     assert [path for path in paths if path[0] == "hidden_states"] == [("hidden_states", n) for n in range(5)]
+
+
+def test_one_layer_of_many_runs() -> None:
+    record = trace(build("llama"), (), {"input_ids": ids(), "use_cache": False})
+    layers = [call for call in record.modules if call.type_name == "LlamaDecoderLayer"]
+    assert [call.copy_of is None for call in layers] == [True, False, False, False]
+    assert all(call.copy_of is layers[0] for call in layers[1:])
+
+
+@pytest.mark.slow
+def test_405_billion_parameters_take_seconds() -> None:
+    configuration = transformers.LlamaConfig(
+        hidden_size=16384,
+        intermediate_size=53248,
+        num_hidden_layers=126,
+        num_attention_heads=128,
+        num_key_value_heads=8,
+        vocab_size=128256,
+    )
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(configuration)
+    start = time.process_time()
+    record = trace(model, (), {"input_ids": ids(), "use_cache": False})
+    assert time.process_time() - start < 10
+    assert copied_layers(record) == 125

@@ -49,13 +49,13 @@ def recorded_modules(recorder: Recorder, repeater: Repeater) -> Iterator[None]:
         outer_call, recorder.module, recorder.call = recorder.call, record, None
         try:
             result = original(module, *arguments, **keywords)
+            record.outputs = recorder.values_by_path(result)
         except BaseException:
             recorder.failed_in = recorder.failed_in or path
             raise
         finally:
             recorder.module, recorder.call = record.parent, outer_call
             record.last = len(trace.operations)
-        record.outputs = recorder.values_by_path(result)
         if before is not None:
             repeater.remember(module, record, (arguments, keywords), result, before)
         return result

@@ -68,7 +68,8 @@ class Recorder:
         if value is not None:
             return value
         if id(tensor) in self.unrecorded:
-            self.unrecorded.pop(id(tensor))()
+            with self.pause():
+                self.unrecorded.pop(id(tensor))()
             return self.value_of(tensor)
         known: Tensor | None = None
         if tensor.is_meta:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -108,8 +109,9 @@ def _trace(
         stack.enter_context(recorded_modules(recorder, repeater))
         stack.enter_context(asking_logarithms())
         stack.enter_context(_no_fast_path())
-        # parts that are compiled run as they were written
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        if "torch._dynamo" in sys.modules:
+            # parts that are compiled run as they were written
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(OperatorMode(recorder))
@@ -124,6 +126,8 @@ def _trace(
             raise
         with recorder.pause():
             recorder.trace.outputs = recorder.values_by_path(result, inside_objects=True)
+        # detached results are recorded when they are met
+        recorder.trace.modules[0].last = len(recorder.trace.operations)
     recorder.gradients.finish(recorder.trace.operations)
     return recorder.trace
 
