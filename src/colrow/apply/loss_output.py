@@ -1,0 +1,114 @@
+"""What a model returns in place of logits that were not gathered."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import MutableMapping, MutableSequence
+from typing import Any
+
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from colrow.apply.loss_logits import LocalLogits
+from colrow.collectives import AllGather
+
+
+class ShardedLogits:
+    """Stands for logits that were not gathered because the model was given labels.
+
+    Attributes:
+        local: [..., this rank's ids], this rank's part.
+    """
+
+    def __init__(self, local: Tensor, gather: AllGather) -> None:
+        self.local = local
+        self._gather = gather
+
+    def gather(self) -> Tensor:
+        """[..., all ids]: the whole logits on every rank; every rank must call this."""
+        return self._gather(self.local)
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(
+            f"the logits are cut over the vocabulary and were not gathered, because the model computed its "
+            f"loss from the parts; use .local, or .gather() on every rank, before .{name}"
+        )
+
+    def __repr__(self) -> str:
+        return f"ShardedLogits(local={list(self.local.shape)})"
+
+
+def without_local_logits(output: Any, label: str) -> tuple[Any, list[Tensor]]:
+    """``output`` with each :class:`LocalLogits` replaced by :class:`ShardedLogits`, and its tensors.
+
+    Looks into mappings (the outputs of transformers are such), lists, tuples, dataclasses and what is
+    registered with torch's pytree. What can change is changed in place, so that its type and identity stay.
+
+    Args:
+        output: what the model's forward gave.
+        label: names the collective of :meth:`ShardedLogits.gather`.
+
+    Returns:
+        The output, and every tensor in it; of logits this rank's part.
+    """
+    walk = _Walk(label)
+    return walk.replaced(output), walk.tensors
+
+
+class _Walk:
+    def __init__(self, label: str) -> None:
+        self._label = label
+        self.tensors: list[Tensor] = []
+        self._seen: dict[int, Any] = {}  # by identity: a value that is met again, also within itself
+
+    def replaced(self, value: Any) -> Any:
+        if id(value) in self._seen:
+            return self._seen[id(value)]
+        self._seen[id(value)] = value
+        result = value
+        if isinstance(value, LocalLogits):
+            self.tensors.append(value.plain)
+            result = ShardedLogits(value.plain, value.gather_on(self._label))
+        elif isinstance(value, Tensor):
+            self.tensors.append(value)
+        else:
+            result = self._inside(value)
+        self._seen[id(value)] = result
+        return result
+
+    def _inside(self, value: Any) -> Any:
+        if isinstance(value, MutableMapping):
+            for key, item in list(value.items()):
+                new = self.replaced(item)
+                if new is not item:
+                    value[key] = new
+            return value
+        if isinstance(value, MutableSequence) and not isinstance(value, bytearray):
+            for index, item in enumerate(value):
+                new = self.replaced(item)
+                if new is not item:
+                    value[index] = new
+            return value
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            return self._dataclass(value)
+        leaves, structure = tree_flatten(value)
+        if len(leaves) == 1 and leaves[0] is value:
+            return value
+        new_leaves = [self.replaced(leaf) for leaf in leaves]
+        if all(new is leaf for new, leaf in zip(new_leaves, leaves, strict=True)):
+            return value
+        return tree_unflatten(new_leaves, structure)
+
+    def _dataclass(self, value: Any) -> Any:
+        changed = {}
+        for field in dataclasses.fields(value):
+            item = getattr(value, field.name, None)
+            new = self.replaced(item)
+            if new is not item:
+                changed[field.name] = new
+        if changed and value.__dataclass_params__.frozen:
+            value = copy.copy(value)
+        for name, new in changed.items():
+            object.__setattr__(value, name, new)
+        return value
