@@ -1,7 +1,8 @@
 """Tensor parallelism for PyTorch that derives, proves and predicts."""
 
 from colrow.apply import ShardedLogits, parallelize
-from colrow.checkpoint import load_pretrained, save_pretrained
+from colrow.axes import rule
+from colrow.checkpoint import load_optimizer, load_pretrained, save_optimizer, save_pretrained
 from colrow.collectives import comm_stats, reset_comm_stats
 from colrow.errors import PlanError, RankFailure
 from colrow.layers import cross_entropy
@@ -29,11 +30,14 @@ __all__ = [
     "cross_entropy",
     "global_grad_norm",
     "init_mesh",
+    "load_optimizer",
     "load_pretrained",
     "manual_seed",
     "matmul",
     "parallelize",
     "reset_comm_stats",
+    "rule",
+    "save_optimizer",
     "save_pretrained",
     "state_of",
 ]

@@ -77,7 +77,7 @@ MILL = HandPlan(
         "shears": column("words"),
     },
     attributes={"**.looms.*.threads": "threads", "**.looms.*.width": "threads"},
-    loss=LossSpec("shears", axis="words", labels="answers", sizes=()),
+    loss=LossSpec("shears", axis="words", labels="answers"),
 )
 
 

@@ -27,7 +27,7 @@ TOKENS = 4  # as many as rank 0 of 2 has ids
 PLAN = HandPlan(
     {"words": AxisSpec()},
     {"embedding": vocab("words"), "head": column("words")},
-    loss=LossSpec("head", axis="words", sizes=()),
+    loss=LossSpec("head", axis="words"),
 )
 
 

@@ -96,7 +96,6 @@ class LossSpec:
     axis: str = "vocab"
     module: str = ""
     labels: str = "labels"
-    sizes: tuple[str, ...] = ("config.vocab_size",)
 
 
 @dataclass(frozen=True)
@@ -339,15 +338,7 @@ class _Resolver:
             return None
         if spec.axis not in self.axes:
             raise PlanError(spec.logits, f"no layer is cut along {spec.axis!r}", "Correct the loss's axis.")
-        root = self.modules[spec.module]
-        sizes = []
-        for path in spec.sizes:
-            try:
-                look_up(root, path)
-            except AttributeError:
-                continue
-            sizes.append(path)
-        return Loss(spec.module, spec.logits, spec.axis, spec.labels, tuple(sizes))
+        return Loss(spec.module, spec.logits, spec.axis, spec.labels)
 
     def _check_regions(self, styles: dict[str, Style], loss: Loss | None) -> None:
         closed = {style.axis for style in styles.values() if style.kind == "row"}

@@ -85,14 +85,12 @@ class Loss:
         logits: path of the column-parallel layer that computes the logits.
         axis: the vocabulary.
         labels: name of the forward's argument that asks for the loss.
-        sizes: attribute paths of ``module`` that hold the vocabulary's size, local during such a call.
     """
 
     module: str
     logits: str
     axis: str
     labels: str = "labels"
-    sizes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
