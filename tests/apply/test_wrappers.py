@@ -178,3 +178,29 @@ def _memory() -> int:
 
 def test_no_activation_is_kept_alive(ranks: Callable[[int], Pool]) -> None:
     assert ranks(2).run(_memory) == [0, 0]
+
+
+def _optimizers() -> None:
+    """Parameters are plain tensors: every implementation of an optimizer takes them."""
+    mesh = worker_mesh(2)
+    for make in (
+        lambda parameters: torch.optim.AdamW(parameters, lr=1e-2, foreach=True),
+        lambda parameters: torch.optim.AdamW(parameters, lr=1e-2, fused=True),
+        lambda parameters: torch.optim.SGD(parameters, lr=1e-2, momentum=0.9, nesterov=True),
+    ):
+        original, model = _llama(), _llama()
+        colrow.parallelize(model, mesh, LLAMA)
+        for one in (original, model):
+            optimizer = make(one.parameters())
+            for seed in range(3):
+                optimizer.zero_grad()
+                one(_batch(seed), labels=_batch(seed)).loss.backward()
+                optimizer.step()
+        weights = assemble(model, dict(model.named_parameters()))
+        for name, parameter in original.named_parameters():
+            assert largest_error(weights[name], parameter.detach()) < 1e-7, name
+        colrow.check_replicas(model)
+
+
+def test_implementations_of_optimizers(ranks: Callable[[int], Pool]) -> None:
+    ranks(2).run(_optimizers)
