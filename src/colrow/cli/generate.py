@@ -80,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
         help="may be given several times (default: three prompts)",
     )
     add("--max_new_tokens", type=int, default=40, metavar="N", help="at most so many for each (default: 40)")
+    add("--min_new_tokens", type=int, default=0, metavar="N", help="at least so many for each (default: 0)")
     add(
         "--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token (default: 0)"
     )
