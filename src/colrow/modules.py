@@ -13,6 +13,16 @@ def is_linear(module: nn.Module) -> bool:
     return type(module) in (nn.Linear, conv1d)
 
 
+def embedding_fault(module: nn.Module) -> str | None:
+    """Why the rows of a module cannot be cut as an embedding's; ``None`` if they can."""
+    if type(module) is not nn.Embedding:
+        return f"{type(module).__name__} is not a plain embedding, so its forward is not known"
+    for option in ("max_norm", "scale_grad_by_freq", "sparse"):
+        if getattr(module, option):
+            return f"the option {option} is not supported on a cut table"
+    return None
+
+
 def names_by_parameter(model: nn.Module) -> dict[int, list[str]]:
     """All names of each parameter, by the identity of the object: tied parameters have several."""
     names: dict[int, list[str]] = {}

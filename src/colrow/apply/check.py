@@ -6,11 +6,10 @@ from torch import nn
 
 from colrow.errors import PlanError
 from colrow.layout import TensorLayout
-from colrow.modules import is_linear, names_by_parameter
+from colrow.modules import embedding_fault, is_linear, names_by_parameter
 from colrow.plan import LocalAttribute, Plan
 
 _NEW = "Make a new plan for it."
-_EMBEDDING_OPTIONS = ("max_norm", "scale_grad_by_freq", "sparse")
 
 
 def check_plan(plan: Plan, model: nn.Module) -> dict[str, TensorLayout]:
@@ -43,14 +42,9 @@ def check_plan(plan: Plan, model: nn.Module) -> dict[str, TensorLayout]:
             kind = type(modules[path]).__name__
             raise PlanError(path, f"{kind} is not a plain linear layer", "Leave it out of the plan.")
     for lookup in plan.lookups:
-        embedding = _module(lookup.module, modules)
-        if type(embedding) is not nn.Embedding:
-            raise PlanError(lookup.module, "it is not a plain embedding", "Leave it out of the plan.")
-        for option in _EMBEDDING_OPTIONS:
-            if getattr(embedding, option):
-                raise PlanError(
-                    lookup.module, f"a cut table cannot have {option}", "Leave it out of the plan."
-                )
+        fault = embedding_fault(_module(lookup.module, modules))
+        if fault:
+            raise PlanError(lookup.module, fault, "Leave it out of the plan.")
     for partial in plan.partial_parameters:
         if partial.name not in shapes or layouts[partial.name].is_sharded:
             raise PlanError(partial.name, "it is not a replicated parameter of the model", _NEW)

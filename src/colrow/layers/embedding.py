@@ -12,6 +12,7 @@ from colrow.collectives import Communicator, Enter, Group, communicator
 from colrow.errors import PlanError
 from colrow.layers.shards import axis_layout, shard_parameter
 from colrow.layout import Cut, DimensionLayout, TensorLayout
+from colrow.modules import embedding_fault
 
 
 def check_range(ids: Tensor, size: int, what: str) -> None:
@@ -117,17 +118,9 @@ class VocabParallelEmbedding(nn.Embedding):
         Raises:
             PlanError: if the module is not exactly an ``nn.Embedding`` or uses an option that needs all rows.
         """
-        if type(module) is not nn.Embedding:
-            raise PlanError(
-                label,
-                f"{type(module).__name__} is not a plain embedding, so its forward is not known",
-                "Cut nn.Embedding modules, or leave this one replicated.",
-            )
-        for option in ("max_norm", "scale_grad_by_freq", "sparse"):
-            if getattr(module, option):
-                raise PlanError(
-                    label, f"the option {option} is not supported on a cut table", "Leave it replicated."
-                )
+        fault = embedding_fault(module)
+        if fault:
+            raise PlanError(label, fault, "Leave it replicated.")
         module.__class__ = VocabParallelEmbedding
         assert isinstance(module, VocabParallelEmbedding)
         module._take_shard(group, layout, cut, label)

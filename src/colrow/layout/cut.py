@@ -75,7 +75,3 @@ class Cut:
 
     def count(self, rank: int) -> int:
         return self.boundaries[rank + 1] - self.boundaries[rank]
-
-    @property
-    def is_even(self) -> bool:
-        return len(set(self.counts)) == 1
