@@ -22,6 +22,8 @@ from colrow.plan import (
     HandPlan,
     LocalAttribute,
     Lookup,
+    ModuleInput,
+    ModuleOutput,
     PartialParameter,
     Plan,
     Sharding,
@@ -70,18 +72,30 @@ def _refused_and_unchanged() -> None:
             False,
             "no such",
         ),
-        (replace(plan, exits=(*plan.exits, Exit("model.norm"))), False, "LlamaRMSNorm is not a plain linear"),
-        (replace(plan, exits=(*plan.exits, Exit("model.nowhere"))), False, "no such module"),
-        (replace(plan, lookups=(Lookup("model.norm"),)), False, "model.embed_tokens would read it"),
-        (replace(plan, partial_parameters=(PartialParameter(embed),)), False, "not a replicated parameter"),
+        (
+            replace(plan, exits=(*plan.exits, Exit(ModuleOutput("model.norm")))),
+            False,
+            "LlamaRMSNorm is not a plain linear",
+        ),
+        (replace(plan, exits=(*plan.exits, Exit(ModuleOutput("model.nowhere")))), False, "no such module"),
+        (
+            replace(plan, lookups=(Lookup(ModuleOutput("model.norm"), "vocab"),)),
+            False,
+            "model.embed_tokens would read it",
+        ),
+        (
+            replace(plan, partial_parameters=(PartialParameter(embed, "model.embed_tokens"),)),
+            False,
+            "not a replicated parameter",
+        ),
         (replace(plan, axes={}), False, "the plan has no axis"),
         (
-            replace(plan, attributes=(LocalAttribute("", "config.num_attention_heads", "heads"),)),
+            replace(plan, attributes=(LocalAttribute("", "config.num_attention_heads", (2, 2)),)),
             False,
             "saved",
         ),
         (
-            replace(plan, attributes=(LocalAttribute("lm_head", "heads", "heads"),)),
+            replace(plan, attributes=(LocalAttribute("lm_head", "heads", (2, 2)),)),
             False,
             "no attribute heads",
         ),
@@ -179,8 +193,8 @@ def test_plan_is_plain_data() -> None:
         2,
         {"h": Axis("h", Cut.balanced(7, 2))},
         {"up.weight": Sharding("h", 0, DimensionLayout.contiguous(7))},
-        (Entry(("up",)),),
-        (Exit("down"),),
+        (Entry((ModuleInput("up", (0,)),)),),
+        (Exit(ModuleOutput("down")),),
     )
     assert plan == eval(repr(plan))
     assert plan.tensor_layout("up.weight", (7, 4)).local_shape(0) == (4, 4)

@@ -54,6 +54,15 @@ LAYOUTS = [
     DimensionLayout((Segment(1, 9, 5), Segment(1, 1, 5, whole=True), Segment(1, 1, 5, whole=True))),
     DimensionLayout((Segment(2, 3, 4), Segment(1, 3, 1))),
 ]
+# 3 groups of 4 query heads each: their keys, and queries, key and value of each group together
+KEYS = DimensionLayout((Segment(1, 3, 5, span=4),))
+GROUPS = DimensionLayout(
+    tuple(
+        part
+        for group in range(3)
+        for part in (Segment(1, 4, 2, start=4 * group), *[Segment(1, 1, 2, span=4, start=4 * group)] * 2)
+    )
+)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -130,3 +139,38 @@ def test_errors_say_what_does_not_fit() -> None:
         layout.slice(torch.zeros(4), 0)
     with pytest.raises(ValueError, match="rank 1 holds"):
         layout.place(torch.zeros(3), 1, torch.zeros(5))
+
+
+def test_a_key_value_head_is_on_every_rank_that_has_one_of_its_queries() -> None:
+    cut = Cut.from_counts([2, 2, 4, 4])
+    assert KEYS.units == GROUPS.units == 12
+    assert [KEYS.ranges(cut, rank) for rank in range(4)] == [[(0, 5)], [(0, 5)], [(5, 10)], [(10, 15)]]
+    assert KEYS.shared(cut) == [((0, 5), (0, 1))]
+    assert KEYS.is_shared(cut)
+    assert not KEYS.is_shared(Cut.from_counts([4, 0, 4, 4]))
+    assert GROUPS.ranges(cut, 1) == [(4, 12)]
+    assert GROUPS.ranges(cut, 0) == [(0, 4), (8, 12)]
+    assert GROUPS.shared(cut) == [((8, 12), (0, 1))]
+    whole = torch.randn(GROUPS.size, 2)
+    layout = TensorLayout((GROUPS.size, 2), {0: (GROUPS, cut)})
+    assert torch.equal(layout.assemble([layout.slice(whole, rank) for rank in range(4)]), whole)
+
+
+def test_whole_segments_are_shared_by_all() -> None:
+    layout = DimensionLayout((Segment(1, 9, 1), Segment(1, 2, 1, whole=True)))
+    assert layout.shared(Cut.balanced(9, 3)) == [((9, 11), (0, 1, 2))]
+    assert not DimensionLayout.contiguous(9).is_shared(Cut.balanced(9, 3))
+
+
+@pytest.mark.parametrize(
+    "segments",
+    [
+        (Segment(1, 3, 1), Segment(1, 4, 1)),
+        (Segment(1, 4, 1, start=4),),
+        (Segment(1, 4, 1), Segment(1, 4, 1, start=8)),
+        (Segment(1, 3, 1, span=4), Segment(1, 8, 1)),
+    ],
+)
+def test_segments_of_different_axes_are_refused(segments: tuple[Segment, ...]) -> None:
+    with pytest.raises(ValueError, match="must share one axis"):
+        DimensionLayout(segments)

@@ -97,10 +97,9 @@ def _check_attribute(attribute: LocalAttribute, plan: Plan, modules: dict[str, n
         if not hasattr(value, name):
             raise PlanError(attribute.module, f"it has no attribute {attribute.attribute}", _NEW)
         value = getattr(value, name)
-    if attribute.axis not in plan.axes:
-        raise PlanError(attribute.module, f"the plan has no axis {attribute.axis!r}", "Correct the plan.")
-    units = plan.axes[attribute.axis].cut.units
-    if not isinstance(value, int) or value % units:
+    if not isinstance(value, int) or len(attribute.values) != plan.ranks:
         raise PlanError(
-            attribute.module, f"{attribute.attribute} = {value!r} is no multiple of {units} units", _NEW
+            attribute.module,
+            f"{attribute.attribute} = {value!r} cannot become one of {list(attribute.values)}",
+            _NEW,
         )

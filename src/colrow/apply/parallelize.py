@@ -127,7 +127,6 @@ class _Applier:
             PartialParameters(self.ranks, path, tuple(names)).attach(self.model.get_submodule(path))
 
     def _localise(self, attribute: LocalAttribute) -> None:
-        cut = self.plan.axes[attribute.axis].cut
         module = self.model.get_submodule(attribute.module)
         *path, last = attribute.attribute.split(".")
         holder: object = module
@@ -135,5 +134,4 @@ class _Applier:
             duplicate = copy.copy(getattr(holder, name))
             setattr(holder, name, duplicate)
             holder = duplicate
-        whole = getattr(holder, last)
-        setattr(holder, last, whole // cut.units * cut.count(self.ranks.rank))
+        setattr(holder, last, attribute.values[self.ranks.rank])

@@ -21,9 +21,9 @@ def dimension_layout(factors: Factors, factor: Factor, atom: Factor) -> Dimensio
     >>> heads, rest = factors.split(fused, [2, 12], Reason("view(2, 12)"))
     >>> q, kv = factors.cut(rest, [4], Reason("split"))
     >>> dimension_layout(factors, fused, heads).segments
-    (Segment(outer=1, units=2, inner=12, whole=False),)
+    (Segment(1, 2, 12),)
     >>> dimension_layout(factors, fused, q).segments[:2]
-    (Segment(outer=1, units=4, inner=1, whole=False), Segment(outer=1, units=8, inner=1, whole=True))
+    (Segment(1, 4, 1), Segment(1, 8, 1, whole=True))
     """
     if factors.count(factor, atom) != 1:
         raise ValueError(

@@ -27,6 +27,7 @@ from torch import nn
 from colrow.errors import PlanError
 from colrow.layout import Cut, DimensionLayout
 from colrow.modules import is_linear, names_by_parameter
+from colrow.plan.places import ModuleInput, ModuleOutput
 from colrow.plan.plan import (
     Axis,
     Entry,
@@ -170,9 +171,9 @@ class _Resolver:
                 if style.kind == "column":
                     columns.setdefault(path.rpartition(".")[0], []).append(path)
                 elif style.kind == "row":
-                    exits.append(Exit(path))
+                    exits.append(Exit(ModuleOutput(path)))
                 else:
-                    lookups.append(Lookup(path))
+                    lookups.append(Lookup(ModuleOutput(path), self.parameters[f"{path}.weight"].axis))
         # which axes are cut is known only now
         partial = [one for path, style in styles.items() for one in self._partial_parameters(path, style)]
         loss = self._loss()
@@ -187,13 +188,18 @@ class _Resolver:
             ranks=self.ranks,
             axes=self.axes,
             parameters=self.parameters,
-            entries=tuple(Entry(tuple(paths)) for paths in columns.values()),
+            entries=tuple(
+                Entry(tuple(ModuleInput(path, (0,)) for path in paths)) for paths in columns.values()
+            ),
             exits=tuple(exits),
             lookups=tuple(lookups),
             partial_parameters=tuple(partial),
             attributes=tuple(self._attributes()),
             loss=loss,
             holders=tuple(path for path in self.spec.holders if path in self.modules),
+            shapes={
+                name: tuple(one.shape) for name, one in self.model.named_parameters(remove_duplicate=False)
+            },
             notes=tuple(self.whole.values()),
         )
 
@@ -300,7 +306,7 @@ class _Resolver:
         if style.axis not in self.spec.axes:
             raise PlanError(path, f"there is no axis {style.axis!r}", f"Name one of {list(self.spec.axes)}.")
         is_cut = any(name == style.axis or name.startswith(f"{style.axis}[") for name in self.axes)
-        return [PartialParameter(name) for name in own] if is_cut else []
+        return [PartialParameter(name, path) for name in own] if is_cut else []
 
     def _attributes(self) -> list[LocalAttribute]:
         found = []
@@ -329,7 +335,9 @@ class _Resolver:
                         f"{attribute} = {value!r} is no multiple of {units} units",
                         "Correct the pattern.",
                     )
-                found.append(LocalAttribute(path, attribute, axis))
+                counts = self.axes[axis].cut.counts
+                values = tuple(value // units * count for count in counts)
+                found.append(LocalAttribute(path, attribute, values))
         return found
 
     def _loss(self) -> Loss | None:

@@ -1,7 +1,7 @@
 """A plan as data: which axes are cut, which parameters lie on them, and where each collective sits.
 
 A plan says nothing of where it came from: it is derived from a model's dataflow or written by hand, it can
-be printed, and ``colrow.parallelize`` does what it says.
+be printed, written to a file and read again, and ``colrow.parallelize`` does what it says.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from colrow.layout import Cut, DimensionLayout, TensorLayout
+from colrow.plan.places import CallArgument, CallResult, ModuleOutput, Place
+from colrow.plan.prediction import Prediction
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Sharding:
-    """A parameter's cut dimension: the axis it lies on and how the axis's units lie in it."""
+    """A tensor's cut dimension: the axis it lies on and how the axis's units lie in it."""
 
     axis: str
     dimension: int
@@ -35,33 +37,84 @@ class Sharding:
 
 @dataclass(frozen=True)
 class Entry:
-    """I → R: one value enters a region, to be read by ``modules``. One all-reduce in the backward pass.
+    """I → R: one value enters a region at ``places``. One all-reduce in the backward pass.
 
-    Several modules share the entry as far as they are given the same tensor.
+    Several places share the entry as far as they are given the same tensor.
     """
 
-    modules: tuple[str, ...]
+    places: tuple[Place, ...]
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Paths of the modules at whose input or output it acts, or within which it does."""
+        return tuple(place.module for place in self.places)
 
 
 @dataclass(frozen=True)
 class Exit:
-    """P → I: the output of ``module`` is a partial sum: one all-reduce forward, the bias added after it."""
+    """P → I: the value at ``place`` is a partial sum. One all-reduce forward.
 
-    module: str
+    At the output of a linear layer whose input features are cut, the bias is added after the reduction.
+    """
+
+    place: ModuleOutput | CallResult
+
+    @property
+    def module(self) -> str:
+        """Path of the module whose output it is, or within which it is computed."""
+        return self.place.module
 
 
 @dataclass(frozen=True)
 class Lookup:
-    """``module`` is an embedding whose rows are cut: masked lookup and one all-reduce in the forward pass."""
+    """A table whose rows are cut: masked lookup and one all-reduce in the forward pass.
 
-    module: str
+    ``place`` is the output of an ``nn.Embedding``, or the result of a call of ``F.embedding``.
+    """
+
+    place: ModuleOutput | CallResult
+    axis: str
+
+    @property
+    def module(self) -> str:
+        """Path of the module that looks up."""
+        return self.place.module
+
+
+@dataclass(frozen=True)
+class PartSlice:
+    """I → V: the value at ``place`` is computed whole on every rank, which goes on with its part of it.
+
+    For what depends on the index along an axis, such as the slopes of ALiBi. Backward, the parts of the
+    gradient are gathered.
+    """
+
+    place: Place
+    sharding: Sharding
+
+
+@dataclass(frozen=True)
+class Gather:
+    """V → I: the parts of the value at ``place`` are put together on every rank."""
+
+    place: ModuleOutput | CallResult
+    sharding: Sharding
 
 
 @dataclass(frozen=True)
 class PartialParameter:
-    """A replicated parameter that is read inside a region: its gradients are summed over the ranks."""
+    """A replicated parameter that ``reader`` reads inside a region: its gradients are summed."""
 
     name: str
+    reader: str
+
+
+@dataclass(frozen=True)
+class OnceParameter:
+    """A replicated parameter, such as a bias, that ``reader`` adds to a partial sum: one rank adds it."""
+
+    name: str
+    reader: str
 
 
 @dataclass(frozen=True)
@@ -69,11 +122,33 @@ class LocalAttribute:
     """A Python integer of a module that must become this rank's part of it, such as a split size.
 
     ``attribute`` may be a path, as ``config.num_heads``: then the first object is copied for this module.
+    ``values`` has one number for each rank.
     """
 
     module: str
     attribute: str
-    axis: str
+    values: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class LocalInteger:
+    """An integer among the arguments of a call that must become this rank's, one number for each rank.
+
+    ``whole`` is the number in the original model; where the call is made with a multiple of it, because of
+    another batch size, the rank's number is multiplied likewise. A list that has to differ by its length or
+    by rank for other reasons, such as the sizes of a split, stands as such.
+    """
+
+    place: CallArgument
+    whole: int
+    values: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class OwnRandomness:
+    """The random numbers that ``module`` draws differ by rank, because what they are used on is cut."""
+
+    module: str
 
 
 @dataclass(frozen=True)
@@ -100,46 +175,47 @@ class Plan:
     Attributes:
         ranks: size of the tensor-parallel group.
         axes: by name.
-        parameters: by fully qualified name; what is not named stays replicated.
-        entries, exits, lookups, partial_parameters, attributes: the actions.
+        parameters, buffers: by fully qualified name; what is not named stays replicated.
+        entries, exits, lookups, slices, gathers: what happens to values.
+        partial_parameters, once_parameters: what happens to replicated parameters.
+        attributes, integers: numbers that become local.
+        randomness: modules whose random numbers differ by rank.
         loss: the vocabulary-parallel loss, if the model computes one.
         holders: modules that hold a tied parameter without reading it.
+        shapes: global shapes of all parameters and buffers that the plan was made for; empty if unknown.
         notes: what stayed whole against expectation, and why; for people.
+        prediction: collectives of a step, as derived; ``None`` if unknown.
     """
 
     ranks: int
     axes: dict[str, Axis] = field(default_factory=dict)
     parameters: dict[str, Sharding] = field(default_factory=dict)
+    buffers: dict[str, Sharding] = field(default_factory=dict)
     entries: tuple[Entry, ...] = ()
     exits: tuple[Exit, ...] = ()
     lookups: tuple[Lookup, ...] = ()
+    slices: tuple[PartSlice, ...] = ()
+    gathers: tuple[Gather, ...] = ()
     partial_parameters: tuple[PartialParameter, ...] = ()
+    once_parameters: tuple[OnceParameter, ...] = ()
     attributes: tuple[LocalAttribute, ...] = ()
+    integers: tuple[LocalInteger, ...] = ()
+    randomness: tuple[OwnRandomness, ...] = ()
     loss: Loss | None = None
     holders: tuple[str, ...] = ()
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    prediction: Prediction | None = None
 
     def tensor_layout(self, name: str, shape: tuple[int, ...]) -> TensorLayout:
-        """The layout of the parameter ``name``, whose global shape is ``shape``."""
-        sharding = self.parameters.get(name)
+        """The layout of the parameter or buffer ``name``, whose global shape is ``shape``."""
+        sharding = self.parameters.get(name) or self.buffers.get(name)
         if sharding is None:
             return TensorLayout(shape)
         return TensorLayout(shape, {sharding.dimension: (sharding.layout, self.axes[sharding.axis].cut)})
 
     def explain(self) -> str:
-        """The plan as text: axes with their cuts, the actions, and what stayed whole."""
-        lines = [f"plan over {self.ranks} ranks"]
-        for axis in self.axes.values():
-            members = [name for name, sharding in self.parameters.items() if sharding.axis == axis.name]
-            lines.append(
-                f"  axis {axis.name}: {axis.cut.units} units cut {list(axis.cut.counts)}, "
-                f"{len(members)} parameters, such as {members[0] if members else 'none'}"
-            )
-        lines.append(
-            f"  {len(self.entries)} entries (all-reduce backward), {len(self.exits)} exits and "
-            f"{len(self.lookups)} lookups (all-reduce forward)"
-        )
-        if self.partial_parameters:
-            lines.append(f"  {len(self.partial_parameters)} replicated parameters with summed gradients")
-        lines.extend(f"  note: {note}" for note in self.notes)
-        return "\n".join(lines)
+        """The plan as a table for people: axes with their cuts, actions, cost, and what stayed whole."""
+        from colrow.plan.explain import explain
+
+        return explain(self)
