@@ -2,6 +2,6 @@
 
 from colrow.trace.errors import TraceError
 from colrow.trace.records import Trace
-from colrow.trace.run import Example, trace, trace_all
+from colrow.trace.run import Example, trace, trace_all, trace_together
 
-__all__ = ["Example", "Trace", "TraceError", "trace", "trace_all"]
+__all__ = ["Example", "Trace", "TraceError", "trace", "trace_all", "trace_together"]

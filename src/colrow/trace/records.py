@@ -213,12 +213,13 @@ class Escape:
 
 @dataclass(eq=False)
 class Trace:
-    """One run of a model on meta tensors.
+    """One run of a model on meta tensors, or several runs of one model.
 
     Attributes:
         mode: what the user's example shows: ``training``, ``evaluation``, ``generation``, ...
         values, operations, calls, modules: in the order they came to be.
-        outputs: the tensors of the result by their path in it.
+        outputs: the tensors of the result by their path in it; of all results if there were several runs.
+        runs: the mode of each run and its call of the model.
         warnings: what had to be guessed, for people.
         escapes: integers that were used as numbers.
     """
@@ -229,6 +230,7 @@ class Trace:
     calls: list[FunctionCall] = field(default_factory=list)
     modules: list[ModuleCall] = field(default_factory=list)
     outputs: list[tuple[tuple[int | str, ...], Value]] = field(default_factory=list)
+    runs: list[tuple[str, ModuleCall]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     escapes: list[Escape] = field(default_factory=list)
 

@@ -89,6 +89,29 @@ def trace_all(
     }
 
 
+def trace_together(
+    model: nn.Module,
+    examples: Mapping[str, Example],
+    *,
+    routing: Routing = "error",
+    copy_layers: bool = True,
+) -> Trace:
+    """One trace of all examples, one after the other: what they have in common is parameters and buffers.
+
+    What holds of it holds of every mode, as a plan must. See :func:`trace_all`; the runs are told apart by
+    :attr:`Trace.runs`.
+    """
+    originals: dict[int, Tensor] = {}
+    if not is_on_meta(model):
+        model, originals = meta_copy(model)
+    recorder = Recorder(", ".join(examples), routing)
+    _register_model(recorder, model, originals)
+    for mode, example in examples.items():
+        _run(recorder, model, example, mode, copy_layers)
+    recorder.gradients.finish(recorder.trace.operations)
+    return recorder.trace
+
+
 def _trace(
     model: nn.Module,
     originals: dict[int, Tensor],
@@ -98,12 +121,19 @@ def _trace(
     copy_layers: bool,
 ) -> Trace:
     recorder = Recorder(mode, routing)
+    _register_model(recorder, model, originals)
+    _run(recorder, model, example, mode, copy_layers)
+    recorder.gradients.finish(recorder.trace.operations)
+    return recorder.trace
+
+
+def _run(recorder: Recorder, model: nn.Module, example: Example, mode: str, copy_layers: bool) -> None:
     (arguments, keywords), given = meta_arguments((example.arguments, dict(example.keywords)))
+    first = len(recorder.trace.modules)
     with ExitStack() as stack:
         stack.enter_context(traced_attributes(model, recorder.escape))
         # attributes first: they put the training flags back
         model.train(mode == "training")
-        _register_model(recorder, model, originals)
         _register_inputs(recorder, model, arguments, keywords, given)
         repeater = Repeater(recorder, model, copy_layers)
         stack.enter_context(recorded_modules(recorder, repeater))
@@ -124,12 +154,12 @@ def _trace(
             where = recorder.failed_in or "the model itself"
             error.add_note(f"This happened while colrow recorded {where} on meta tensors ({mode}).")
             raise
+        trace = recorder.trace
         with recorder.pause():
-            recorder.trace.outputs = recorder.values_by_path(result, inside_objects=True)
+            trace.outputs += recorder.values_by_path(result, inside_objects=True)
         # detached results are recorded when they are met
-        recorder.trace.modules[0].last = len(recorder.trace.operations)
-    recorder.gradients.finish(recorder.trace.operations)
-    return recorder.trace
+        trace.modules[first].last = len(trace.operations)
+        trace.runs.append((mode, trace.modules[first]))
 
 
 def _register_model(recorder: Recorder, model: nn.Module, originals: dict[int, Tensor]) -> None:
