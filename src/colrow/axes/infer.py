@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from colrow.axes.constants import Constants, make_anew
 from colrow.axes.context import Dimensions, Marks, RuleContext
 from colrow.axes.factors import Factors
 from colrow.axes.registry import Registry
@@ -32,6 +33,7 @@ def infer(trace: Trace, registry: Registry | None = None) -> Axes:
     for value in trace.values:
         if value.source.kind != "result":
             dimensions(value)
+    constants = Constants(trace)
     for operation in trace.operations:
         context = RuleContext(operation, factors, dimensions, marks, table)
         found = registry.find(operation.function)
@@ -39,7 +41,11 @@ def infer(trace: Trace, registry: Registry | None = None) -> Axes:
             unknown.setdefault(operation.name, []).append(operation)
             context.block_all("no rule for this operator")
             continue
-        found(context)
+        if constants.is_new(operation):
+            make_anew(context)
+        else:
+            found(context)
+        constants.follow(operation, operation.index in marks.iota)
         for output in operation.outputs:
             dimensions(output)
     return Axes(trace, registry, factors, table, marks, unknown)
