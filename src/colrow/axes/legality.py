@@ -96,16 +96,32 @@ class Volumes:
         for factors in axes.marks.iota.values():
             data.update(atom.index for factor in factors for atom in axes.atoms_of(factor))
         self._data = data - parameters
+        self._extents: dict[int, int] = {}
 
     def of(self, value: Value) -> int:
         """Elements of ``value``, dimensions of the data counted :data:`DATA_SCALE` times."""
         axes = self._axes
-        scaled = sum(
-            any(atom.index in self._data for atom in axes.atoms_of(factor))
-            for factor in axes.dimensions(value)
-            if factor.size > 1
-        )
-        return prod(value.shape) * DATA_SCALE**scaled
+        return prod(self._extent(factor) for factor in axes.dimensions(value))
+
+    def _extent(self, factor: Factor) -> int:
+        """The size of a dimension, its parts of the data scaled."""
+        if factor.size <= 1:
+            return factor.size
+        known = self._extents.get(factor.index)
+        if known is None:
+            atoms = self._axes.atoms_of(factor)
+            if not any(atom.index in self._data for atom in atoms):
+                known = factor.size
+            else:
+                factors = self._axes.factors
+                parts = factors.parts(factor, "product")
+                if len(parts) > 1:
+                    known = prod(map(self._extent, parts))
+                else:
+                    parts = factors.parts(factor, "sum")
+                    known = factor.size * DATA_SCALE if len(parts) == 1 else sum(map(self._extent, parts))
+            self._extents[factor.index] = known
+        return known
 
     def are_scores(self, operation: Operation) -> bool:
         """Whether a batched product's result is larger than what it is made from."""

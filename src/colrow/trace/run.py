@@ -128,7 +128,7 @@ def _trace(
 
 
 def _run(recorder: Recorder, model: nn.Module, example: Example, mode: str, copy_layers: bool) -> None:
-    (arguments, keywords), given = meta_arguments((example.arguments, dict(example.keywords)))
+    (arguments, keywords), given = meta_arguments((example.arguments, _distinct(example)))
     first = len(recorder.trace.modules)
     with ExitStack() as stack:
         stack.enter_context(traced_attributes(model, recorder.escape))
@@ -160,6 +160,20 @@ def _run(recorder: Recorder, model: nn.Module, example: Example, mode: str, copy
         # detached results are recorded when they are met
         trace.modules[first].last = len(trace.operations)
         trace.runs.append((mode, trace.modules[first]))
+
+
+def _distinct(example: Example) -> dict[str, Any]:
+    """The keywords of a call; ids that are given as labels too, the same tensor, are two values then.
+
+    Floating-point tensors stay what they are: that queries are the keys may be what a model asks.
+    """
+    seen = {id(argument) for argument in example.arguments}
+    keywords = dict(example.keywords)
+    for name, item in keywords.items():
+        if isinstance(item, Tensor) and not item.is_floating_point() and id(item) in seen:
+            keywords[name] = item.clone()
+        seen.add(id(item))
+    return keywords
 
 
 def _register_model(recorder: Recorder, model: nn.Module, originals: dict[int, Tensor]) -> None:

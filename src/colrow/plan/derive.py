@@ -1,0 +1,225 @@
+"""Deriving a plan from a model's dataflow: trace, infer, choose, place, localise.
+
+If chosen axes turn out to be impossible to cut, because a collective would have to sit where nothing can be
+done or because a number in the program cannot be made local, they stay whole, with the reason among the
+plan's notes, and the rest is done again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from colrow.axes import Axes, Registry, infer
+from colrow.axes.factor import Reason
+from colrow.errors import PlanError
+from colrow.plan.borders import Borders, find_borders
+from colrow.plan.candidates import Candidate, find_candidates
+from colrow.plan.choose import choose, cut_of, key
+from colrow.plan.exits import Reductions, find_reductions
+from colrow.plan.gradients import Summation, find_summations
+from colrow.plan.linear import Linearity
+from colrow.plan.localise import Localisation, localise
+from colrow.plan.lower import Actions, lower
+from colrow.plan.naming import names_of
+from colrow.plan.plan import Axis, Plan, Sharding
+from colrow.plan.predict import predict
+from colrow.plan.selection import CannotPlaceError, Chosen, Selection
+from colrow.plan.states import States
+from colrow.plan.tied import holders_of
+from colrow.trace import Example, Trace, TraceError, trace_together
+
+#: Axes that turn out to be impossible are taken out one after the other, at most this often.
+ATTEMPTS = 64
+
+
+def derive_plan(
+    model: nn.Module,
+    examples: Mapping[str, Example],
+    ranks: int,
+    *,
+    share: Sequence[float] | None = None,
+    forbid: Collection[str] = (),
+    registry: Registry | None = None,
+) -> Plan:
+    """The plan for ``model`` over ``ranks`` ranks, from how it computes.
+
+    Args:
+        model: real or on the meta device; not changed, and nothing is computed with it.
+        examples: calls of the model by mode; ``training`` is recorded in training mode. What a plan says is
+            right for all of them, so there should be one for each way in which the model will be used: with
+            labels, without.
+        ranks: size of the tensor-parallel group.
+        share: relative size of each rank's part, for unequal devices; default: balanced.
+        forbid: names of parameters that must stay whole, or of axes, as a plan without this calls them.
+        registry: the rules of operators; see :func:`colrow.rule`.
+
+    Raises:
+        TraceError: if the model cannot be recorded.
+        PlanError: if ``share`` or ``forbid`` do not fit.
+    """
+    trace = record(model, examples)
+    return _Derivation(model, infer(trace, registry), ranks, share, forbid).run()
+
+
+def record(model: nn.Module, examples: Mapping[str, Example]) -> Trace:
+    """One trace of all examples; a choice of experts that depends on data is guessed.
+
+    Raises:
+        TraceError: if the model cannot be recorded.
+    """
+    try:
+        return trace_together(model, examples)
+    except TraceError:
+        return trace_together(model, examples, routing="guess")
+
+
+@dataclass(frozen=True)
+class _Placed:
+    """All that was worked out for one selection."""
+
+    selection: Selection
+    borders: Borders
+    reductions: Reductions
+    summations: list[Summation]
+    states: States
+    actions: Actions
+    localisation: Localisation
+
+
+class _Derivation:
+    def __init__(
+        self,
+        model: nn.Module,
+        axes: Axes,
+        ranks: int,
+        share: Sequence[float] | None,
+        forbid: Collection[str],
+    ) -> None:
+        self._model, self._axes, self._ranks, self._share = model, axes, ranks, share
+        self._forbid = forbid
+        self._candidates = find_candidates(axes, ranks) if ranks > 1 else []
+        self._banned: dict[str, Reason] = {}
+
+    def run(self) -> Plan:
+        self._forbid_by_name()
+        for _ in range(ATTEMPTS):
+            chosen = choose(self._axes, self._candidates, self._banned)
+            selection = Selection(self._axes, self._named(chosen))
+            try:
+                return self._plan(self._place(selection))
+            except CannotPlaceError as error:
+                self._ban(error, chosen)
+        raise PlanError(
+            "",
+            f"no plan was found in {ATTEMPTS} attempts; the last reasons were: "
+            + "; ".join(str(reason) for reason in list(self._banned.values())[-3:]),
+            "Forbid the parameters named here, or write a plan by hand (docs/plans.md).",
+        )
+
+    def _ban(self, error: CannotPlaceError, chosen: Sequence[Candidate]) -> None:
+        new = {key(one): error.reason for one in error.candidates if key(one) not in self._banned}
+        if not new:
+            # nothing to blame: all that is left is at fault together
+            new = {key(one): error.reason for one in chosen}
+        self._banned |= new
+
+    def _forbid_by_name(self) -> None:
+        names = set(self._forbid)
+        known: set[str] = set()
+        chosen = self._named([one for one in self._candidates if not one.illegal])
+        labels = {id(one.candidate): one.name for one in chosen}
+        for candidate in self._candidates:
+            mine = {name for name, _ in candidate.outer.parameters} | {labels.get(id(candidate), "")}
+            known |= mine
+            if mine & names:
+                self._banned[key(candidate)] = Reason("forbidden by the caller")
+        if names - known:
+            raise PlanError(
+                min(names - known), "there is no such parameter or axis to forbid", "Correct forbid."
+            )
+
+    def _named(self, chosen: Sequence[Candidate]) -> list[Chosen]:
+        names = names_of(self._axes, chosen)
+        return [
+            Chosen(name, one, cut_of(one, self._ranks, self._share))
+            for name, one in zip(names, chosen, strict=True)
+        ]
+
+    def _place(self, selection: Selection) -> _Placed:
+        borders = find_borders(selection)
+        states = States(selection, borders.values)
+        linearity = Linearity(states)
+        reductions = find_reductions(states, linearity)
+        summations = find_summations(states, reductions)
+        actions = lower(self._model, states, borders, reductions, summations)
+        localisation = localise(self._model, states, reductions, actions)
+        return _Placed(selection, borders, reductions, summations, states, actions, localisation)
+
+    def _plan(self, placed: _Placed) -> Plan:
+        selection, actions = placed.selection, placed.actions
+        parameters, buffers = self._shardings(selection)
+        shapes = {name: tuple(one.shape) for name, one in _named_tensors(self._model)}
+        return Plan(
+            ranks=self._ranks,
+            axes={one.name: Axis(one.name, one.cut) for one in selection.chosen},
+            parameters=parameters,
+            buffers=buffers,
+            entries=tuple(actions.entries),
+            exits=tuple(actions.exits),
+            lookups=tuple(actions.lookups),
+            slices=tuple(actions.slices),
+            gathers=tuple(placed.borders.gathers),
+            partial_parameters=tuple(actions.partial_parameters),
+            once_parameters=tuple(actions.once_parameters),
+            attributes=placed.localisation.attributes,
+            integers=placed.localisation.integers,
+            randomness=tuple(actions.randomness),
+            loss=placed.borders.loss,
+            holders=holders_of(self._model, parameters),
+            shapes=shapes,
+            notes=tuple(self._notes(selection)),
+            prediction=predict(
+                selection, placed.states, placed.borders, placed.reductions, placed.summations, parameters
+            ),
+        )
+
+    def _shardings(self, selection: Selection) -> tuple[dict[str, Sharding], dict[str, Sharding]]:
+        """Of parameters and of buffers, tied ones under all their names."""
+        found: dict[str, Sharding] = {}
+        for value in self._axes.trace.values:
+            if value.source.kind in ("parameter", "buffer") and selection.is_cut(value):
+                found[value.source.name] = selection.sharding(value)
+        parameters: dict[str, Sharding] = {}
+        first: dict[int, str] = {}
+        for name, parameter in self._model.named_parameters(remove_duplicate=False):
+            original = first.setdefault(id(parameter), name)
+            if original in found:
+                parameters[name] = found[original]
+        buffers = {name: one for name, one in found.items() if name not in parameters}
+        return parameters, buffers
+
+    def _notes(self, selection: Selection) -> list[str]:
+        """What stays whole, and why: by kind, largest first."""
+        taken = {id(one.candidate) for one in selection.chosen}
+        covered = {name for one in selection.chosen for name, _ in one.candidate.outer.parameters}
+        notes = [f"{label} stays whole: {reason}" for label, reason in self._banned.items()]
+        for candidate in self._candidates:
+            left = [name for name, _ in candidate.outer.parameters if name not in covered]
+            if id(candidate) in taken or not left or not candidate.illegal:
+                continue
+            note = f"{key(candidate)} stays whole: {candidate.illegal[0]}"
+            if note not in notes:
+                notes.append(note)
+        for name, operations in self._axes.unknown.items():
+            notes.append(f"no rule for {name} ({len(operations)} times): its dimensions stay whole")
+        notes += self._axes.trace.warnings
+        return notes
+
+
+def _named_tensors(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    named = dict(model.named_parameters(remove_duplicate=False))
+    named.update(model.named_buffers(remove_duplicate=False))  # type: ignore[arg-type]
+    return list(named.items())

@@ -1,0 +1,187 @@
+"""Where partial sums are reduced: at the cheapest places up to which they only meet linear operators.
+
+A partial sum may be reduced where it is made, or later: at the output of a module within which all partial
+sums are added up, scaled and moved about, but not squared. So a parallel block of attention and feed-forward
+is left through one all-reduce, and so are all the experts of a layer together.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import Any
+
+from colrow.plan.linear import Linearity, Spread, volume
+from colrow.plan.states import States
+from colrow.trace.records import FunctionCall, ModuleCall, Operation, Value
+from colrow.trace.tree import Path
+
+_FOREVER = float("inf")
+
+
+@dataclass(frozen=True, eq=False)
+class Reduction:
+    """One all-reduce of a partial sum.
+
+    Attributes:
+        value: what is reduced.
+        module: the call of the module whose output it is, or within which ``call`` was made.
+        call: the function call whose result it is; ``None`` for the output of ``module``.
+        path: where it stands in that output or result.
+    """
+
+    value: Value
+    module: ModuleCall
+    call: FunctionCall | None
+    path: Path
+
+
+@dataclass
+class Reductions:
+    """All reductions of a selection, and what follows from them.
+
+    Attributes:
+        all: in the order of the trace.
+        partial: of each partial sum the first operation that makes it one, and the last (exclusive) that
+            reads it as one; by the value's index.
+        once: parameters that one rank adds, with the module calls that add them.
+    """
+
+    all: list[Reduction] = field(default_factory=list)
+    partial: dict[int, tuple[int, int]] = field(default_factory=dict)
+    once: list[tuple[Value, ModuleCall]] = field(default_factory=list)
+
+    def is_partial(self, value: Value, operation: Operation) -> bool:
+        """Whether the value is a partial sum when ``operation`` reads it, or has made it."""
+        known = self.partial.get(value.index)
+        return known is not None and known[0] <= operation.index < known[1]
+
+
+@dataclass
+class _Choice:
+    """The cheapest way to reduce all partial sums that begin within a module call, or a function call."""
+
+    cost: float
+    here: tuple[Spread, list[tuple[Path, Value]], FunctionCall | None] | None = None
+    parts: list[tuple[ModuleCall, _Choice]] = field(default_factory=list)
+    failed: list[Operation] = field(default_factory=list)
+
+
+def find_reductions(states: States, linearity: Linearity) -> Reductions:
+    """Place the reduction of every partial sum.
+
+    Raises:
+        CannotPlaceError: if a partial sum meets an operator that needs the whole before it can be reduced.
+    """
+    return _Search(states, linearity).run()
+
+
+class _Search:
+    def __init__(self, states: States, linearity: Linearity) -> None:
+        self._states, self._linearity = states, linearity
+        self._trace = states.selection.trace
+        self._sources: dict[int, list[Operation]] = defaultdict(list)
+        self._children: dict[int, list[ModuleCall]] = defaultdict(list)
+        self._contains: set[int] = set()
+
+    def run(self) -> Reductions:
+        trace = self._trace
+        for operation in trace.operations:
+            if self._linearity.is_source(operation):
+                module = operation.module
+                if module is None or operation.call is None:
+                    raise self._states.selection.cannot("a sum over parts that no call makes", operation)
+                self._sources[module.index].append(operation)
+                while module is not None and module.index not in self._contains:
+                    self._contains.add(module.index)
+                    module = module.parent
+        for module in trace.modules:
+            if module.parent is not None and module.index in self._contains:
+                self._children[module.parent.index].append(module)
+        found = Reductions()
+        for _, root in trace.runs:
+            choice = self._choose(root)
+            if choice.failed:
+                raise self._states.selection.cannot(
+                    "what is computed from its partial sums needs the whole", choice.failed[0]
+                )
+            self._collect(root, choice, found)
+        found.all.sort(key=lambda one: one.value.index)
+        return found
+
+    def _choose(self, module: ModuleCall) -> _Choice:
+        if module.index not in self._contains:
+            return _Choice(0.0)
+        parts = [(child, self._choose(child)) for child in self._children[module.index]]
+        calls: dict[int, FunctionCall] = {}
+        for operation in self._sources[module.index]:
+            assert operation.call is not None
+            calls[operation.call.index] = operation.call
+        parts += [(module, self._at_call(call)) for call in calls.values()]
+        inside = _Choice(sum(choice.cost for _, choice in parts), parts=parts)
+        inside.failed = [operation for _, choice in parts for operation in choice.failed]
+        outside = self._at(module.first, module.last, module.outputs, None)
+        # a hook on a module costs less than looking for a call; inner modules run on more paths than outer
+        limit = inside.cost if not calls else inside.cost * (1 + 1e-9)
+        return outside if outside is not None and outside.cost < limit else inside
+
+    def _at_call(self, call: FunctionCall) -> _Choice:
+        found = self._at(call.first, call.last, paths_of(call.outputs), call)
+        if found is None:
+            sources = [
+                operation
+                for operation in self._trace.operations[call.first : call.last]
+                if self._linearity.is_source(operation)
+            ]
+            return _Choice(_FOREVER, failed=sources)
+        return found
+
+    def _at(
+        self, first: int, last: int, outputs: list[tuple[Path, Value]], call: FunctionCall | None
+    ) -> _Choice | None:
+        """Reduce at the end of operations ``first`` to ``last``; ``None`` if that is not possible."""
+        spread = self._linearity.spread(self._trace.operations[first:last])
+        if not spread.linear:
+            return None
+        given = {value.index for _, value in outputs}
+        leaving = [
+            value
+            for value, _ in spread.values.values()
+            if value.index in given or any(use.index >= last for use in value.uses)
+        ]
+        if not leaving or any(value.index not in given for value in leaving):
+            return None
+        places = [(path, value) for path, value in outputs if value in leaving]
+        if len({value.index for _, value in places}) != len(places):
+            return None
+        return _Choice(float(volume(leaving)), (spread, places, call))
+
+    def _collect(self, module: ModuleCall, choice: _Choice, found: Reductions) -> None:
+        for part, inner in choice.parts:
+            self._collect(part, inner, found)
+        if choice.here is None:
+            return
+        spread, places, call = choice.here
+        until = module.last if call is None else call.last
+        found.all += [Reduction(value, module, call, path) for path, value in places]
+        for index, (_, since) in spread.values.items():
+            found.partial[index] = (since, until)
+        found.once += spread.once
+
+
+def paths_of(item: Any) -> list[tuple[Path, Value]]:
+    """The values in a nesting of a trace, with their paths."""
+    found: list[tuple[Path, Value]] = []
+
+    def collect(path: Path, item: Any) -> None:
+        if isinstance(item, Value):
+            found.append((path, item))
+        elif isinstance(item, tuple | list):
+            for index, each in enumerate(item):
+                collect((*path, index), each)
+        elif isinstance(item, dict):
+            for key, each in item.items():
+                collect((*path, key), each)
+
+    collect((), item)
+    return found

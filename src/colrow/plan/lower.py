@@ -1,0 +1,230 @@
+"""From what has to happen to the values of a trace to the actions of a plan."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from colrow.modules import embedding_fault, is_linear
+from colrow.plan.borders import Borders
+from colrow.plan.exits import Reductions, paths_of
+from colrow.plan.gradients import Summation
+from colrow.plan.places import CallResult, ModuleOutput
+from colrow.plan.plan import (
+    Entry,
+    Exit,
+    Lookup,
+    OnceParameter,
+    OwnRandomness,
+    PartialParameter,
+    PartSlice,
+)
+from colrow.plan.sites import Sites, Where
+from colrow.plan.states import States
+from colrow.trace.records import ModuleCall, Operation, Value
+
+
+@dataclass
+class Actions:
+    """The actions of a plan on values and parameters."""
+
+    entries: list[Entry] = field(default_factory=list)
+    exits: list[Exit] = field(default_factory=list)
+    lookups: list[Lookup] = field(default_factory=list)
+    slices: list[PartSlice] = field(default_factory=list)
+    partial_parameters: list[PartialParameter] = field(default_factory=list)
+    once_parameters: list[OnceParameter] = field(default_factory=list)
+    randomness: list[OwnRandomness] = field(default_factory=list)
+
+
+def lower(
+    model: nn.Module,
+    states: States,
+    borders: Borders,
+    reductions: Reductions,
+    summations: list[Summation],
+) -> Actions:
+    """The actions that do it.
+
+    Raises:
+        CannotPlaceError: if something would have to happen where nothing can be done.
+    """
+    return _Lowering(model, states, borders, reductions, summations).run()
+
+
+class _Lowering:
+    def __init__(
+        self,
+        model: nn.Module,
+        states: States,
+        borders: Borders,
+        reductions: Reductions,
+        summations: list[Summation],
+    ) -> None:
+        self._model, self._states, self._borders = model, states, borders
+        self._reductions, self._summations = reductions, summations
+        self._selection = states.selection
+        self._sites = Sites(states.selection)
+        self._actions = Actions()
+
+    def run(self) -> Actions:
+        self._lookups()
+        self._exits()
+        self._once()
+        self._entries()
+        self._partial_parameters()
+        self._slices()
+        self._randomness()
+        return self._actions
+
+    # ---------------------------------------------------------------- forward
+
+    def _lookups(self) -> None:
+        found: dict[tuple[object, ...], list[tuple[Where, str]]] = defaultdict(list)
+        for operation in self._selection.trace.operations:
+            if not self._selection.looks_up(operation):
+                continue
+            table = operation.inputs[0]
+            local = [value for value in operation.inputs if self._states.is_local(value)]
+            if not local:
+                continue
+            if operation.name != "aten.embedding" or table.source.kind != "parameter" or local != [table]:
+                raise self._selection.cannot("there is no lookup in a part of such a table", operation)
+            chosen = self._selection.chosen_of(table)
+            assert chosen is not None
+            where = self._lookup(operation)
+            found[where.key].append((where, chosen.name))
+        for group in found.values():
+            for place in self._sites.places([where for where, _ in group]):
+                assert isinstance(place, ModuleOutput | CallResult)
+                self._actions.lookups.append(Lookup(place, group[0][1]))
+
+    def _lookup(self, operation: Operation) -> Where:
+        module, result = operation.module, operation.outputs[0]
+        if module is not None:
+            own = self._model.get_submodule(module.path)
+            paths = [path for path, value in module.outputs if value is result]
+            if paths and embedding_fault(own) is None:
+                return Where(module, None, paths[0], True)
+        call = operation.call
+        paths = [] if call is None else [path for path, value in paths_of(call.outputs) if value is result]
+        if call is None or not paths or call.name != "embedding":
+            raise self._selection.cannot("a lookup that is no call of embedding", operation)
+        return Where(call.module, call, paths[0], True)
+
+    def _exits(self) -> None:
+        found: dict[tuple[object, ...], list[Where]] = defaultdict(list)
+        for one in self._reductions.all:
+            where = Where(one.module, one.call, one.path, True)
+            found[where.key].append(where)
+        for group in found.values():
+            for place in self._sites.places(group):
+                assert isinstance(place, ModuleOutput | CallResult)
+                self._actions.exits.append(Exit(place))
+
+    def _once(self) -> None:
+        exits = {one.place for one in self._actions.exits}
+        found: dict[OnceParameter, list[ModuleCall]] = defaultdict(list)
+        for parameter, module in self._reductions.once:
+            own = self._model.get_submodule(module.path)
+            if is_linear(own) and ModuleOutput(module.path) in exits:
+                continue  # the layer adds its bias after the reduction
+            found[OnceParameter(parameter.source.name, module.path)].append(module)
+        for action, modules in found.items():
+            if len({id(one) for one in modules}) != len(self._sites.calls_of_module(action.reader)):
+                raise self._selection.cannot(
+                    f"calls of {action.reader} differ in whether {action.name} is added once",
+                    *self._selection.trace.operations[modules[0].first : modules[0].last],
+                )
+            self._actions.once_parameters.append(action)
+
+    def _slices(self) -> None:
+        found: dict[tuple[object, ...], list[tuple[Where, Value]]] = defaultdict(list)
+        by_index = self._selection.trace.values
+        for index, operations in self._states.slices.items():
+            value = by_index[index]
+            reads_whole = [use for use in value.uses if use not in operations]
+            for where in self._sites.readers(value, operations, not reads_whole):
+                found[where.key].append((where, value))
+        for group in found.values():
+            sharding = self._selection.sharding(group[0][1])
+            for place in self._sites.places([where for where, _ in group]):
+                self._actions.slices.append(PartSlice(place, sharding))
+
+    # ---------------------------------------------------------------- backward
+
+    def _entries(self) -> None:
+        found: dict[tuple[object, ...], list[Where]] = defaultdict(list)
+        together: list[set[tuple[object, ...]]] = []
+        for one in self._summations:
+            if one.value.source.kind == "parameter":
+                continue
+            acting = self._sites.readers(one.value, one.operations, one.everywhere)
+            for where in acting:
+                found[where.key].append(where)
+            together.append({where.key for where in acting})
+        for keys in _merged(together):
+            places = [place for key in found if key in keys for place in self._sites.places(found[key])]
+            self._actions.entries.append(Entry(tuple(places)))
+
+    def _partial_parameters(self) -> None:
+        found: dict[PartialParameter, list[Summation]] = defaultdict(list)
+        for one in self._summations:
+            if one.value.source.kind == "parameter":
+                for operation in one.operations:
+                    reader = operation.module
+                    assert reader is not None
+                    action = PartialParameter(one.value.source.name, reader.path)
+                    if one not in found[action]:
+                        found[action].append(one)
+        for action, summations in found.items():
+            self._check_reader(action, summations)
+            self._actions.partial_parameters.append(action)
+
+    def _check_reader(self, action: PartialParameter, summations: list[Summation]) -> None:
+        """Whether all that the module computes with the parameter gives partial gradients."""
+        partial = {operation.index for one in summations for operation in one.operations}
+        for module in self._sites.calls_of_module(action.reader):
+            for use in summations[0].value.uses:
+                inside = module.first <= use.index < module.last and use.index not in partial
+                if inside and any(one.differentiable for one in use.outputs):
+                    raise self._selection.cannot(
+                        f"{action.name} is read inside of a region and outside by the same module", use
+                    )
+
+    # ---------------------------------------------------------------- random numbers
+
+    def _randomness(self) -> None:
+        registry = self._selection.axes.registry
+        kinds: dict[str, set[bool]] = defaultdict(set)
+        first: dict[str, Operation] = {}
+        for operation in self._selection.trace.operations:
+            rule = registry.find(operation.function)
+            if rule is not None and rule.random and operation.module is not None:
+                local = any(self._states.made_local(value) for value in operation.outputs)
+                kinds[operation.module.path].add(local)
+                first.setdefault(operation.module.path, operation)
+        for path, found in kinds.items():
+            if len(found) > 1:
+                raise self._selection.cannot(
+                    f"{path or 'the model'} draws random numbers for parts and for whole values", first[path]
+                )
+            if True in found:
+                self._actions.randomness.append(OwnRandomness(path))
+
+
+def _merged(sets: list[set[tuple[object, ...]]]) -> list[set[tuple[object, ...]]]:
+    """Sets that have a member in common become one."""
+    merged: list[set[tuple[object, ...]]] = []
+    owner: dict[tuple[object, ...], set[tuple[object, ...]]] = {}
+    for one in sets:
+        joined = set(one)
+        for other in {id(owner[key]): owner[key] for key in one if key in owner}.values():
+            joined |= other
+            merged.remove(other)
+        for key in joined:
+            owner[key] = joined
+        merged.append(joined)
+    return merged

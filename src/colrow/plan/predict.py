@@ -1,0 +1,110 @@
+"""What a plan will communicate and hold, before it is applied."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from math import prod
+
+from colrow.plan.borders import Borders
+from colrow.plan.exits import Reductions
+from colrow.plan.gradients import Summation
+from colrow.plan.plan import Sharding
+from colrow.plan.prediction import Direction, PredictedCollective, Prediction
+from colrow.plan.selection import Selection
+from colrow.plan.states import States
+from colrow.trace.records import Value
+
+
+def predict(
+    selection: Selection,
+    states: States,
+    borders: Borders,
+    reductions: Reductions,
+    summations: list[Summation],
+    parameters: Mapping[str, Sharding],
+) -> Prediction:
+    """Collectives of every traced run, and parameters of every rank."""
+    return _Predictor(selection, states, borders, reductions, summations, parameters).run()
+
+
+class _Predictor:
+    def __init__(
+        self,
+        selection: Selection,
+        states: States,
+        borders: Borders,
+        reductions: Reductions,
+        summations: list[Summation],
+        parameters: Mapping[str, Sharding],
+    ) -> None:
+        self._selection, self._states, self._borders = selection, states, borders
+        self._reductions, self._summations, self._parameters = reductions, summations, parameters
+        self._found: Counter[tuple[str, Direction, str, str, tuple[int, ...], int]] = Counter()
+
+    def run(self) -> Prediction:
+        for one in self._reductions.all:
+            self._add(one.value, "forward", "all-reduce", f"exit {one.module.path}", one.module.first)
+        for operation in self._selection.trace.operations:
+            if self._selection.looks_up(operation) and self._states.is_local(operation.inputs[0]):
+                path = operation.module.path if operation.module is not None else ""
+                self._add(operation.outputs[0], "forward", "all-reduce", f"lookup {path}", operation.index)
+        for value, module in self._borders.gathered:
+            self._add(value, "forward", "all-gather", f"gather {module.path}", module.first)
+        for summation in self._summations:
+            operation = summation.operations[0]
+            path = operation.module.path if operation.module is not None else ""
+            path = summation.value.source.name or path
+            for mode in self._modes(summation):
+                self._count(mode, summation.value, "backward", "all-reduce", f"enter {path}")
+        return Prediction(self._collectives(), *self._sizes())
+
+    def _modes(self, summation: Summation) -> list[str]:
+        """The runs in which a value's gradient is summed; a parameter's may be in several."""
+        modes = []
+        for mode, root in self._selection.trace.runs:
+            inside = [one for one in summation.operations if root.first <= one.index < root.last]
+            readers = {one.module.index for one in inside if one.module is not None}
+            is_parameter = summation.value.source.kind == "parameter"
+            modes += [mode] * (len(readers) if is_parameter else bool(inside))
+        return modes
+
+    def _add(self, value: Value, direction: Direction, kind: str, label: str, at: int) -> None:
+        for mode, root in self._selection.trace.runs:
+            if root.first <= at < root.last:
+                self._count(mode, value, direction, kind, label)
+
+    def _count(self, mode: str, value: Value, direction: Direction, kind: str, label: str) -> None:
+        label = re.sub(r"(?<![^. ])[0-9]+(?![^.])", "*", label)
+        size = prod(value.shape) * value.dtype.itemsize
+        self._found[(mode, direction, kind, label, value.shape, size)] += 1
+
+    def _collectives(self) -> tuple[PredictedCollective, ...]:
+        return tuple(
+            PredictedCollective(mode, direction, kind, label, shape, size, count)
+            for (mode, direction, kind, label, shape, size), count in self._found.items()
+        )
+
+    def _sizes(self) -> tuple[tuple[int, tuple[int, ...]], tuple[int, tuple[int, ...]]]:
+        cuts = {one.name: one.cut for one in self._selection.chosen}
+        ranks = self._selection.ranks
+        elements, sizes = [0] * ranks, [0] * ranks
+        whole = whole_bytes = 0
+        local: dict[tuple[Sharding, int], int] = {}
+        for value in self._selection.trace.values:
+            if value.source.kind != "parameter":
+                continue
+            count = prod(value.shape)
+            whole += count
+            whole_bytes += count * value.dtype.itemsize
+            sharding = self._parameters.get(value.source.name)
+            for rank in range(ranks):
+                mine = count
+                if sharding is not None:
+                    if (sharding, rank) not in local:
+                        local[sharding, rank] = sharding.layout.local_size(cuts[sharding.axis], rank)
+                    mine = count // sharding.layout.size * local[sharding, rank]
+                elements[rank] += mine
+                sizes[rank] += mine * value.dtype.itemsize
+        return (whole, tuple(elements)), (whole_bytes, tuple(sizes))

@@ -1,0 +1,196 @@
+"""From values and operations of a trace to the places of a plan.
+
+A plan's place stands for all calls of a module, and for all passes of a call in its code; a trace has each of
+them. What holds in some of them only cannot be written down, and is refused.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from colrow.plan.exits import paths_of
+from colrow.plan.places import Call, CallArgument, CallResult, ModuleInput, ModuleOutput, Place
+from colrow.plan.selection import Selection
+from colrow.trace.records import CallSite, FunctionCall, ModuleCall, Operation, Value
+from colrow.trace.tree import Path
+
+
+@dataclass(frozen=True, eq=False)
+class Where:
+    """One passing of a place: an argument or result of one call of a module, or of a function within it."""
+
+    module: ModuleCall
+    call: FunctionCall | None
+    path: Path
+    is_result: bool
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """The same for all passings of one place."""
+        site = None if self.call is None else _key(self.call)
+        return (self.module.path, site, self.path, self.is_result)
+
+
+class Sites:
+    """Finds places by module calls, function calls and values."""
+
+    def __init__(self, selection: Selection) -> None:
+        self._selection = selection
+        self._calls: dict[tuple[str, int, int], list[FunctionCall]] = defaultdict(list)
+        self._inputs: dict[int, list[tuple[ModuleCall, Path]]] = defaultdict(list)
+        self._outputs: dict[int, list[tuple[ModuleCall, Path]]] = defaultdict(list)
+        self._modules: dict[str, list[ModuleCall]] = defaultdict(list)
+        self._sources: dict[str, str] = {}
+        for call in selection.trace.calls:
+            self._calls[_key(call)].append(call)
+        for module in selection.trace.modules:
+            self._modules[module.path].append(module)
+            for path, value in module.inputs:
+                self._inputs[value.index].append((module, path))
+            for path, value in module.outputs:
+                self._outputs[value.index].append((module, path))
+
+    def calls_of_module(self, path: str) -> list[ModuleCall]:
+        """All calls of a module."""
+        return self._modules[path]
+
+    def inputs(self, value: Value) -> list[tuple[ModuleCall, Path]]:
+        """Module calls that get the value as an argument, and where."""
+        return self._inputs.get(value.index, [])
+
+    def outputs(self, value: Value) -> list[tuple[ModuleCall, Path]]:
+        """Module calls that give the value, and where."""
+        return self._outputs.get(value.index, [])
+
+    def alike(self, call: FunctionCall) -> list[FunctionCall]:
+        """All passes of the same place in the same module's code."""
+        return self._calls[_key(call)]
+
+    # ---------------------------------------------------------------- edges
+
+    def readers(self, value: Value, operations: Iterable[Operation], everywhere: bool) -> list[Where]:
+        """Places where ``value`` can be changed for ``operations`` only.
+
+        One module's output or input where that is enough, else arguments of calls.
+
+        Args:
+            everywhere: whether these are all operations that read the value.
+
+        Raises:
+            CannotPlaceError: if an operation reads it where it cannot be got hold of.
+        """
+        left = {operation.index: operation for operation in operations}
+        places: list[Where] = []
+        mine = set(left)
+        for module, _ in sorted(self.inputs(value), key=lambda one: one[0].first - one[0].last):
+            inside = {use.index for use in value.uses if module.first <= use.index < module.last}
+            if inside & set(left) and inside <= mine:
+                places += [
+                    Where(module, None, path, False) for call, path in self.inputs(value) if call is module
+                ]
+                left = {index: one for index, one in left.items() if index not in inside}
+        if everywhere and (left or len(places) > 1):
+            made = [(module, path) for module, path in self.outputs(value) if self._made_in(value, module)]
+            if made:
+                module, path = max(made, key=lambda one: one[0].first)
+                return [Where(module, None, path, True)]
+            producer = value.producer
+            if producer is not None and producer.call is not None and left:
+                for path, one in paths_of(producer.call.outputs):
+                    if one is value:
+                        return [Where(producer.call.module, producer.call, path, True)]
+        for operation in left.values():
+            call = operation.call
+            found = [] if call is None else paths_of((call.arguments, call.keywords))
+            paths = [path[1:] for path, one in found if one is value]
+            if not paths or call is None:
+                raise self._selection.cannot("a value cannot be got hold of where it is read", operation)
+            places += [Where(call.module, call, path, False) for path in paths]
+        return places
+
+    @staticmethod
+    def _made_in(value: Value, module: ModuleCall) -> bool:
+        return value.producer is not None and module.first <= value.producer.index < module.last
+
+    # ---------------------------------------------------------------- naming
+
+    def places(self, acting: Sequence[Where]) -> list[Place]:
+        """The plan's places of what happens at ``acting``, all of which are one place in the program.
+
+        Usually one; several if it happens in certain passes of a call only.
+
+        Raises:
+            CannotPlaceError: if it would have to happen in some calls only.
+        """
+        first = acting[0]
+        if first.call is None:
+            missing = set(map(id, self._like(first))) - {id(one.module) for one in acting}
+            if missing:
+                raise self._selection.cannot(
+                    f"calls of {first.module.path or 'the model'} differ in what would have to be done",
+                    *self._selection.trace.operations[first.module.first : first.module.last],
+                )
+            return [self._place(first)]
+        passes = {one.call.index for one in acting if one.call is not None}
+        alike = self.alike(first.call)
+        if all(call.index in passes or not self._concerns(call, first) for call in alike):
+            return [self._place(first)]
+        occurrences = {call.occurrence for call in alike if call.index in passes}
+        if any((call.occurrence in occurrences) != (call.index in passes) for call in alike):
+            raise self._selection.cannot(
+                "passes of a call differ in what would have to be done",
+                *self._selection.trace.operations[first.call.first : first.call.last],
+            )
+        return [self._place(first, occurrence) for occurrence in sorted(occurrences)]
+
+    def _like(self, where: Where) -> list[ModuleCall]:
+        """All calls of a module in which a gradient, or a value, passes the same place."""
+        found = []
+        for module in self._modules[where.module.path]:
+            values = dict(module.outputs if where.is_result else module.inputs)
+            value = values.get(where.path)
+            if value is not None and (value.differentiable or where.is_result):
+                found.append(module)
+        return found
+
+    @staticmethod
+    def _concerns(call: FunctionCall, where: Where) -> bool:
+        item = call.outputs if where.is_result else (call.arguments, call.keywords)
+        skipped = 0 if where.is_result else 1
+        return any(path[skipped:] == where.path and value.differentiable for path, value in paths_of(item))
+
+    def _place(self, where: Where, occurrence: int = -1) -> Place:
+        if where.call is None:
+            kind = ModuleOutput if where.is_result else ModuleInput
+            return kind(where.module.path, where.path)
+        call = self.name(where.call, occurrence)
+        if where.is_result:
+            return CallResult(where.module.path, call, where.path)
+        return CallArgument(where.module.path, call, where.path)
+
+    def name(self, call: FunctionCall, occurrence: int = -1) -> Call:
+        """A call as a place in the program's text."""
+        code = call.site.code
+        name = getattr(code, "co_qualname", code.co_name)
+        return Call(
+            call.name, self._source(call.site), name, call.site.line, call.site.instruction, occurrence
+        )
+
+    def _source(self, site: CallSite) -> str:
+        """The name of the Python module that holds the code; its file's name if it cannot be told."""
+        file = site.file
+        if file not in self._sources:
+            names = [
+                name
+                for name, module in list(sys.modules.items())
+                if getattr(module, "__file__", None) == file and name != "__main__"
+            ]
+            self._sources[file] = min(names, key=len) if names else file.rpartition("/")[2]
+        return self._sources[file]
+
+
+def _key(call: FunctionCall) -> tuple[str, int, int]:
+    return (call.module.path, id(call.site.code), call.site.instruction)
