@@ -15,13 +15,13 @@ from torch import nn
 from colrow.axes import Axes, Registry, infer
 from colrow.axes.factor import Reason
 from colrow.errors import PlanError
+from colrow.localise import Localisation, localise
 from colrow.plan.borders import Borders, find_borders
 from colrow.plan.candidates import Candidate, find_candidates
 from colrow.plan.choose import choose, cut_of, key
 from colrow.plan.exits import Reductions, find_reductions
 from colrow.plan.gradients import Summation, find_summations
 from colrow.plan.linear import Linearity
-from colrow.plan.localise import Localisation, localise
 from colrow.plan.lower import Actions, lower
 from colrow.plan.naming import names_of
 from colrow.plan.plan import Axis, Plan, Sharding
@@ -155,7 +155,7 @@ class _Derivation:
         reductions = find_reductions(states, linearity)
         summations = find_summations(states, reductions)
         actions = lower(self._model, states, borders, reductions, summations)
-        localisation = localise(self._model, states, reductions, actions)
+        localisation = localise(self._model, states, reductions)
         return _Placed(selection, borders, reductions, summations, states, actions, localisation)
 
     def _plan(self, placed: _Placed) -> Plan:

@@ -7,10 +7,15 @@ be printed, written to a file and read again, and ``colrow.parallelize`` does wh
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from os import PathLike
+from typing import TYPE_CHECKING
 
 from colrow.layout import Cut, DimensionLayout, TensorLayout
 from colrow.plan.places import CallArgument, CallResult, ModuleOutput, Place
 from colrow.plan.prediction import Prediction
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 @dataclass(frozen=True)
@@ -132,16 +137,19 @@ class LocalAttribute:
 
 @dataclass(frozen=True)
 class LocalInteger:
-    """An integer among the arguments of a call that must become this rank's, one number for each rank.
+    """An integer among the arguments of a call that must become this rank's.
 
-    ``whole`` is the number in the original model; where the call is made with a multiple of it, because of
-    another batch size, the rank's number is multiplied likewise. A list that has to differ by its length or
-    by rank for other reasons, such as the sizes of a split, stands as such.
+    Attributes:
+        place: the argument.
+        given: what the program gives on each rank.
+        values: what it should be on each rank; a list of sizes in place of the size of equal pieces. Where
+            the call is given a multiple of ``given``, because of another batch size, the rank's number is
+            multiplied likewise.
     """
 
     place: CallArgument
-    whole: int
-    values: tuple[int, ...]
+    given: tuple[int, ...]
+    values: tuple[int | tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -183,6 +191,7 @@ class Plan:
         loss: the vocabulary-parallel loss, if the model computes one.
         holders: modules that hold a tied parameter without reading it.
         shapes: global shapes of all parameters and buffers that the plan was made for; empty if unknown.
+        ties: of parameters with several names, the first name by each of the others.
         notes: what stayed whole against expectation, and why; for people.
         prediction: collectives of a step, as derived; ``None`` if unknown.
     """
@@ -204,6 +213,7 @@ class Plan:
     loss: Loss | None = None
     holders: tuple[str, ...] = ()
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    ties: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     prediction: Prediction | None = None
 
@@ -219,3 +229,36 @@ class Plan:
         from colrow.plan.explain import explain
 
         return explain(self)
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the plan to a YAML file that can be read, edited and loaded again."""
+        from colrow.plan.file import save
+
+        save(self, path)
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> Plan:
+        """Read a plan that :meth:`save` has written.
+
+        Raises:
+            PlanError: if the file does not hold a plan; names the entry at fault.
+        """
+        from colrow.plan.file import load
+
+        return load(path)
+
+    def check_model(self, model: nn.Module) -> None:
+        """Refuse a model that the plan was not made for.
+
+        Raises:
+            PlanError: lists the parameters and buffers that are missing, new or of another shape.
+        """
+        from colrow.plan.difference import check_model
+
+        check_model(self, model)
+
+    def diff(self, other: Plan) -> str:
+        """What would have to change to make this plan ``other``, as lines; empty if they are equal."""
+        from colrow.plan.difference import diff
+
+        return diff(self, other)

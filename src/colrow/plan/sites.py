@@ -146,6 +146,25 @@ class Sites:
             )
         return [self._place(first, occurrence) for occurrence in sorted(occurrences)]
 
+    def passes(self, acting: Sequence[Where]) -> list[CallArgument]:
+        """The places of an argument of one call in the program's text, in the passes ``acting`` of it."""
+        first = acting[0]
+        assert first.call is not None
+        passes = {one.call.index for one in acting if one.call is not None}
+        alike = self.alike(first.call)
+        occurrences = {call.occurrence for call in alike if call.index in passes}
+        if all(call.index in passes for call in alike):
+            occurrences = {-1}
+        elif any((call.occurrence in occurrences) != (call.index in passes) for call in alike):
+            raise self._selection.cannot(
+                "passes of a call differ in the numbers they would need",
+                *self._selection.trace.operations[first.call.first : first.call.last],
+            )
+        return [
+            CallArgument(first.module.path, self.name(first.call, occurrence), first.path)
+            for occurrence in sorted(occurrences)
+        ]
+
     def _like(self, where: Where) -> list[ModuleCall]:
         """All calls of a module in which a gradient, or a value, passes the same place."""
         found = []

@@ -17,7 +17,7 @@ from colrow.trace.content import content_of_original
 from colrow.trace.errors import TraceError
 from colrow.trace.functions import FunctionMode
 from colrow.trace.meta import is_on_meta, meta_arguments, meta_copy
-from colrow.trace.modules import asking_logarithms, recorded_modules
+from colrow.trace.modules import asking_logarithms, recorded_modules, unchecked_distributions
 from colrow.trace.operators import OperatorMode
 from colrow.trace.recorder import Recorder, Routing
 from colrow.trace.records import Source, Trace
@@ -109,6 +109,7 @@ def trace_together(
     for mode, example in examples.items():
         _run(recorder, model, example, mode, copy_layers)
     recorder.gradients.finish(recorder.trace.operations)
+    recorder.paused = True  # integers of the trace may be read from now on
     return recorder.trace
 
 
@@ -124,6 +125,7 @@ def _trace(
     _register_model(recorder, model, originals)
     _run(recorder, model, example, mode, copy_layers)
     recorder.gradients.finish(recorder.trace.operations)
+    recorder.paused = True  # integers of the trace may be read from now on
     return recorder.trace
 
 
@@ -138,6 +140,7 @@ def _run(recorder: Recorder, model: nn.Module, example: Example, mode: str, copy
         repeater = Repeater(recorder, model, copy_layers)
         stack.enter_context(recorded_modules(recorder, repeater))
         stack.enter_context(asking_logarithms())
+        stack.enter_context(unchecked_distributions())
         stack.enter_context(_no_fast_path())
         if "torch._dynamo" in sys.modules:
             # parts that are compiled run as they were written
