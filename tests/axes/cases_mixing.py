@@ -60,6 +60,11 @@ def reduced_all(draw: Draw, function: Any) -> Case:
     return Case(function, [draw.tensor(*shape), *extra])
 
 
+@case("aten._is_all_true", "aten._is_any_true")
+def reduced_mask(draw: Draw, function: Any) -> Case:
+    return Case(function, [draw.mask(*draw.sizes())])
+
+
 @case("aten.mean.dim", "aten.amax", "aten.amin", "aten.logsumexp", "aten.var.correction")
 @case("aten.var_mean.correction", "aten.std.correction", "aten.std_mean.correction", "aten.any.dims")
 @case("aten.all.dims", "aten.linalg_vector_norm", "aten.norm.ScalarOpt_dim", "aten.var.dim", "aten.std.dim")

@@ -95,6 +95,23 @@ def test_operators_without_meta_implementation() -> None:
     assert "register_fake" in raised.value.remedy
 
 
+def test_distributions_do_not_check_what_is_not_there() -> None:
+    def entropy(self: Outer, x: Tensor) -> Tensor:
+        return torch.distributions.Categorical(logits=x).entropy()
+
+    assert trace(Outer(entropy), (torch.ones(4, 4),)).outputs[0][1].shape == (4,)
+    with pytest.raises(ValueError, match="invalid values"):
+        torch.distributions.Categorical(logits=torch.full((2,), torch.nan))
+
+
+def test_generators_of_random_numbers_are_not_copied() -> None:
+    model = Outer(lambda self, x: x + torch.rand(x.shape, generator=self.generator))
+    model.inner.generator = torch.Generator().manual_seed(3)
+    state = model.inner.generator.get_state()
+    trace(model, (torch.ones(4, 4),))
+    assert torch.equal(model.inner.generator.get_state(), state)
+
+
 def test_models_that_cannot_be_copied() -> None:
     model = Outer(branch)
     model.handle = (each for each in range(3))

@@ -99,7 +99,8 @@ class Axes:
         """The atoms that ``operation`` marked so: ``axes.marked(axes.marks.contracted, operation)``."""
         found: dict[int, Factor] = {}
         for factor in mark.get(operation.index, ()):
-            found.update((atom.index, atom) for atom in self.atoms_of(factor))
+            if factor.size > 1:
+                found.update((atom.index, atom) for atom in self.atoms_of(factor))
         return tuple(found.values())
 
     @cached_property

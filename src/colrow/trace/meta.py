@@ -73,6 +73,9 @@ def meta_copy(model: nn.Module) -> tuple[nn.Module, dict[int, Tensor]]:
     # parameters copy themselves without asking
     for parameter in model.parameters():
         memo[id(parameter)] = change(parameter)
+    # nothing is drawn, and generators of random numbers cannot be copied
+    for module in model.modules():
+        memo.update((id(item), item) for item in vars(module).values() if isinstance(item, torch.Generator))
     try:
         return copy_with_tensors(model, change, memo), originals
     except (TypeError, RuntimeError) as error:

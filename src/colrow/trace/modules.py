@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
+from torch.distributions import Distribution
 
 from colrow.trace.integers import TracedInt
 from colrow.trace.recorder import Recorder
@@ -65,6 +66,17 @@ def recorded_modules(recorder: Recorder, repeater: Repeater) -> Iterator[None]:
         yield
     finally:
         nn.Module.__call__ = original  # type: ignore[method-assign]
+
+
+@contextmanager
+def unchecked_distributions() -> Iterator[None]:
+    """``torch.distributions`` do not read their parameters' data to check them in this context."""
+    before = Distribution._validate_args
+    Distribution.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        Distribution.set_default_validate_args(before)
 
 
 @contextmanager

@@ -97,6 +97,8 @@ def mean(op: RuleContext) -> None:
     "aten.argmin",
     "aten.any",
     "aten.all",
+    "aten._is_all_true",
+    "aten._is_any_true",
     "aten.var",
     "aten.var_mean",
     "aten.std",
