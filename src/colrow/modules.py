@@ -29,3 +29,8 @@ def names_by_parameter(model: nn.Module) -> dict[int, list[str]]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
     return names
+
+
+def ties_of(model: nn.Module) -> dict[str, str]:
+    """Of parameters with several names, the first name by each of the others."""
+    return {other: first for first, *others in names_by_parameter(model).values() for other in others}

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from math import prod
 from typing import TYPE_CHECKING
 
-from colrow.plan.places import ModuleInput
 from colrow.plan.patterns import Merged, merge, merge_texts
+from colrow.plan.places import ModuleInput
 from colrow.plan.text import columns, counts, shape, size
 
 if TYPE_CHECKING:
@@ -44,7 +44,11 @@ def _axes(plan: Plan) -> list[str]:
     head = ("axis", "units", "per rank", "parameters", "saved per rank", "collectives")
     rows = [head]
     for axis in plan.axes.values():
-        members = [name for name, sharding in plan.parameters.items() if sharding.axis == axis.name]
+        members = [
+            name
+            for name, sharding in plan.parameters.items()
+            if sharding.axis == axis.name and name not in plan.ties
+        ]
         whole = sum(prod(plan.shapes.get(name, ())) for name in members if name in plan.shapes)
         saved = [whole - sum(_local(plan, name, rank) for name in members) for rank in range(plan.ranks)]
         rows.append(
@@ -116,7 +120,7 @@ def _members(plan: Plan) -> list[str]:
         lines.append(f"  {axis.name}")
         tensors = [*plan.parameters.items(), *plan.buffers.items()]
         texts = [
-            (f"{name}[{sharding.dimension}]", _layout(sharding), plan.shapes.get(name, ()))
+            (_member(plan, name, sharding), _layout(sharding), plan.shapes.get(name, ()))
             for name, sharding in tensors
             if sharding.axis == axis.name
         ]
@@ -126,6 +130,11 @@ def _members(plan: Plan) -> list[str]:
         ]
         lines += columns(rows, right=(1,), indent="    ")
     return lines
+
+
+def _member(plan: Plan, name: str, sharding: Sharding) -> str:
+    tied = f" (tied to {plan.ties[name]})" if name in plan.ties else ""
+    return f"{name}[{sharding.dimension}]{tied}"
 
 
 def _times(merged: Merged) -> str:
@@ -151,7 +160,7 @@ def _ranks(plan: Plan) -> list[str]:
     if prediction is None:
         if not plan.shapes:
             return []
-        names = [name for name in plan.shapes if name not in plan.buffers]
+        names = [name for name in plan.shapes if name not in plan.buffers and name not in plan.ties]
         whole = sum(prod(plan.shapes[name]) for name in names)
         each = [sum(_local(plan, name, rank) for name in names) for rank in range(plan.ranks)]
         return _share_table([("elements", whole, each, "")])
@@ -246,7 +255,7 @@ def _numbers(plan: Plan) -> list[str]:
     attributes = [
         (f"{one.module or 'the model'}.{one.attribute}", counts(one.values)) for one in plan.attributes
     ]
-    integers = [(str(one.place), f"{one.whole} -> {counts(one.values)}") for one in plan.integers]
+    integers = [(str(one.place), f"{counts(one.given)} -> {counts(one.values)}") for one in plan.integers]
     rows = [
         (kind, str(merged), values, _times(merged))
         for kind, found in (("attribute", attributes), ("call", integers))

@@ -26,7 +26,7 @@ from torch import nn
 
 from colrow.errors import PlanError
 from colrow.layout import Cut, DimensionLayout
-from colrow.modules import is_linear, names_by_parameter
+from colrow.modules import is_linear, names_by_parameter, ties_of
 from colrow.plan.places import ModuleInput, ModuleOutput
 from colrow.plan.plan import (
     Axis,
@@ -200,6 +200,7 @@ class _Resolver:
             shapes={
                 name: tuple(one.shape) for name, one in self.model.named_parameters(remove_duplicate=False)
             },
+            ties=ties_of(self.model),
             notes=tuple(self.whole.values()),
         )
 

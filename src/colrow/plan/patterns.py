@@ -10,6 +10,8 @@ from typing import TypeVar
 _NUMBER = re.compile(r"(?<![^. ])[0-9]+(?![^.,): ])")
 """A number that is a whole part of a dotted name, within a name or a sentence."""
 
+_GAP = "\0"
+
 Kind = TypeVar("Kind", bound=Hashable)
 
 
@@ -54,7 +56,7 @@ def merge(texts: Iterable[tuple[str, Kind]]) -> list[tuple[Merged, Kind]]:
     """
     groups: dict[tuple[str, Kind], list[tuple[int, ...]]] = {}
     for text, kind in texts:
-        skeleton = _NUMBER.sub("*", text)
+        skeleton = _NUMBER.sub(_GAP, text)
         groups.setdefault((skeleton, kind), []).append(tuple(map(int, _NUMBER.findall(text))))
     return [(_merged(skeleton, found), kind) for (skeleton, kind), found in groups.items()]
 
@@ -66,7 +68,7 @@ def merge_texts(texts: Iterable[str]) -> list[Merged]:
 
 def _merged(skeleton: str, found: list[tuple[int, ...]]) -> Merged:
     columns = [tuple(sorted(set(column))) for column in zip(*found, strict=True)]
-    parts = skeleton.split("*")
+    parts = skeleton.split(_GAP)
     text = parts[0]
     for column, part in zip(columns, parts[1:], strict=True):
         text += (str(column[0]) if len(column) == 1 else "*") + part

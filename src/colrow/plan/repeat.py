@@ -14,13 +14,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from itertools import islice
+from functools import partial
 from typing import Any
 
 from colrow.plan.patterns import ranges
 
 LONGEST = 64
 """Runs of up to so many records are recognised."""
+
+OFTEN = 3
 
 _NUMBER = re.compile(r"(?<![^. ])[0-9]+(?![^.])")
 _STAR = re.compile(r"(?<![^. ])\*(?![^.])")
@@ -55,11 +57,8 @@ def expand(records: list[Record]) -> list[Record]:
         if set(record) != {"repeat", "each"} or not isinstance(record["each"], list):
             raise ValueError(f"a repetition has the two entries repeat and each, not {', '.join(record)}")
         for number in _numbers(str(record["repeat"])):
-            inner = [
-                _change(one, lambda text, n=number: _STAR.sub(str(n), text, count=1))
-                for one in record["each"]
-            ]
-            found += expand(inner)
+            put = partial(_STAR.sub, str(number), count=1)
+            found += expand([_change(one, put) for one in record["each"]])
     return found
 
 
@@ -73,7 +72,7 @@ def _numbers(text: str) -> Iterator[int]:
 
 
 def _pass(records: list[Record]) -> list[Record]:
-    """One level of runs: at every record, the length of run that covers most."""
+    """One level of runs: at every record the shortest that occurs often, or else the one that covers most."""
     skeletons = [_change(record, lambda text: _NUMBER.sub("*", text)) for record in records]
     keys = [repr(one) for one in skeletons]
     found: list[Record] = []
@@ -86,6 +85,8 @@ def _pass(records: list[Record]) -> list[Record]:
             run = _run(records, keys, at, length)
             if run is not None and (best is None or len(run[1]) * length > best[0]):
                 best = (len(run[1]) * length, *run)
+            if run is not None and len(run[1]) >= OFTEN:
+                break
         if best is None:
             found.append(records[at])
             at += 1

@@ -42,9 +42,10 @@ def shape(sizes: Sequence[int]) -> str:
     return " x ".join(map(str, sizes)) or "scalar"
 
 
-def counts(numbers: Sequence[int]) -> str:
+def counts(numbers: Sequence[int | tuple[int, ...]]) -> str:
     """Numbers of consecutive ranks, equal ones together: ``3 3 2``, ``10667 x 2, 10666``."""
-    runs = [(number, len(list(run))) for number, run in groupby(numbers)]
+    texts = [str(one) if isinstance(one, int) else f"({', '.join(map(str, one))})" for one in numbers]
     if len(numbers) <= 4:
-        return " ".join(map(str, numbers))
-    return ", ".join(f"{number} x {times}" if times > 1 else str(number) for number, times in runs)
+        return " ".join(texts)
+    runs = [(text, len(list(run))) for text, run in groupby(texts)]
+    return ", ".join(f"{text} x {times}" if times > 1 else text for text, times in runs)
