@@ -13,6 +13,11 @@ def is_linear(module: nn.Module) -> bool:
     return type(module) in (nn.Linear, conv1d)
 
 
+def features_dimension(module: nn.Module) -> int:
+    """The dimension of a plain linear layer's weight that its output features lie on."""
+    return 0 if isinstance(module, nn.Linear) else 1
+
+
 def embedding_fault(module: nn.Module) -> str | None:
     """Why the rows of a module cannot be cut as an embedding's; ``None`` if they can."""
     if type(module) is not nn.Embedding:

@@ -13,6 +13,7 @@ from colrow.layout import TensorLayout
 from colrow.mesh import root_mesh
 from colrow.modules import names_by_parameter
 from colrow.plan import Plan
+from colrow.undo import Undo
 
 _ATTRIBUTE = "_colrow_state"
 
@@ -25,13 +26,16 @@ class ParallelState:
         mesh: the device mesh.
         communicator: the tensor-parallel group.
         plan: what was applied.
-        layouts: by fully qualified name, tied names included, the layout of every parameter.
+        layouts: by fully qualified name, tied names included, the layout of every parameter and of every
+            buffer that is cut.
+        undo: what takes back all but the cutting of parameters.
     """
 
     mesh: DeviceMesh
     communicator: Communicator
     plan: Plan
     layouts: dict[str, TensorLayout]
+    undo: Undo
 
     @property
     def is_first_replica(self) -> bool:

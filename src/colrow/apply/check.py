@@ -7,7 +7,7 @@ from torch import nn
 from colrow.errors import PlanError
 from colrow.layout import TensorLayout
 from colrow.modules import embedding_fault, is_linear, names_by_parameter
-from colrow.plan import LocalAttribute, Plan
+from colrow.plan import LocalAttribute, ModuleOutput, Plan
 
 _NEW = "Make a new plan for it."
 
@@ -25,25 +25,25 @@ def check_plan(plan: Plan, model: nn.Module) -> dict[str, TensorLayout]:
             raise PlanError(name, "the model has no such parameter", _NEW)
         if sharding.axis not in plan.axes:
             raise PlanError(name, f"the plan has no axis {sharding.axis!r}", "Correct the plan.")
-        if sharding.layout.has_whole:
-            raise PlanError(
-                name,
-                "a part of it would be whole on every rank, whose gradients nobody would sum",
-                "Cut all of it, or leave it replicated.",
-            )
+    for name, buffer in model.named_buffers(remove_duplicate=False):
+        if name in plan.buffers:
+            shapes[name] = tuple(buffer.shape)
     try:
         layouts = {name: plan.tensor_layout(name, shape) for name, shape in shapes.items()}
     except ValueError as error:
         raise PlanError("", f"the plan is of another model: {error}", "Make a new one.") from error
-    _check_users(plan, model, modules)
-    for path in [path for entry in plan.entries for path in entry.modules] + [e.module for e in plan.exits]:
-        _module(path, modules)
-        if not is_linear(modules[path]):
-            kind = type(modules[path]).__name__
-            raise PlanError(path, f"{kind} is not a plain linear layer", "Leave it out of the plan.")
+    if plan.by_hand:
+        _check_users(plan, model, modules)
+        for path in [path for entry in plan.entries for path in entry.modules] + [
+            exit.module for exit in plan.exits
+        ]:
+            _module(path, modules)
+            if not is_linear(modules[path]):
+                kind = type(modules[path]).__name__
+                raise PlanError(path, f"{kind} is not a plain linear layer", "Leave it out of the plan.")
     for lookup in plan.lookups:
         fault = embedding_fault(_module(lookup.module, modules))
-        if fault:
+        if fault and isinstance(lookup.place, ModuleOutput):
             raise PlanError(lookup.module, fault, "Leave it out of the plan.")
     for partial in plan.partial_parameters:
         if partial.name not in shapes or layouts[partial.name].is_sharded:

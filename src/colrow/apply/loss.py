@@ -6,11 +6,15 @@ that call is the parallel cross-entropy. What the model returns has
 :class:`colrow.apply.loss_output.ShardedLogits` in their place.
 
 Without labels the logits are gathered, so that callers see what the original model gives.
+
+Under torch.compile a forward without labels is traced like any other; with labels the graph breaks at these
+hooks, and the loss itself is computed outside of graphs.
 """
 
 from __future__ import annotations
 
 import inspect
+import sys
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -54,6 +58,7 @@ class ParallelLoss:
     def __init__(self, loss: Loss, communicator: Communicator, cut: Cut, gather: bool) -> None:
         self._loss, self._ranks, self._cut, self._gathers = loss, communicator, cut, gather
         self._forward: _Forward | None = None
+        self._position = sys.maxsize  # of the labels among positional arguments
         # whether the forward had labels whose backward pass runs: asked by what it recomputes
         self._recomputes_with_labels = False
 
@@ -62,22 +67,35 @@ class ParallelLoss:
         # torch.compile would take their shape for the real one: what computes with them is left to Python
         torch._dynamo.config.nontraceable_tensor_subclasses.add(LocalLogits)
         module = model.get_submodule(self._loss.module)
+        parameters = list(inspect.signature(module.forward).parameters)
+        if self._loss.labels in parameters:
+            self._position = parameters.index(self._loss.labels)
         module.register_forward_pre_hook(self._begin, with_kwargs=True, prepend=True)
         # before the hooks of others, which should see what the caller will
         module.register_forward_hook(self._end, always_call=True, prepend=True)
         model.get_submodule(self._loss.logits).register_forward_hook(self._after_logits)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         labels = kwargs.get(self._loss.labels)
-        if labels is None and args:
-            parameters = list(inspect.signature(module.forward).parameters)
-            if self._loss.labels in parameters[: len(args)]:
-                labels = args[parameters.index(self._loss.labels)]
-        self._forward = _Forward(labels is not None, torch._C._current_graph_task_id())
+        if labels is None and self._position < len(args):
+            labels = args[self._position]
+        if labels is None and torch.compiler.is_dynamo_compiling():
+            self._forward = _Forward(False, -1)
+        else:
+            self._begin_eagerly(labels is not None)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _begin_eagerly(self, has_labels: bool) -> None:
+        self._forward = _Forward(has_labels, torch._C._current_graph_task_id())
+
     def _after_logits(self, module: nn.Module, args: Any, logits: Tensor) -> Tensor | None:
+        forward = self._forward
+        if torch.compiler.is_dynamo_compiling() and forward is not None and not forward.has_labels:
+            return self._gather(logits) if self._gathers else None
+        return self._after_logits_eagerly(logits)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _after_logits_eagerly(self, logits: Tensor) -> Tensor | None:
         forward = self._forward
         backward = torch._C._current_graph_task_id()
         if forward is None or forward.backward != backward:
@@ -87,13 +105,21 @@ class ParallelLoss:
             if forward.vocabulary is None:
                 forward.vocabulary = Vocabulary(self._ranks, self._cut, f"loss of {self._loss.logits}")
             return LocalLogits.of(logits, forward.vocabulary, logits.dim() - 1)
-        if not self._gathers:
-            return None
+        return self._gather(logits) if self._gathers else None
+
+    def _gather(self, logits: Tensor) -> Tensor:
         label = f"gather {self._loss.logits}"
         return AllGather(self._ranks, label, logits.dim() - 1, self._cut.counts, "I")(logits)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _end(self, module: nn.Module, args: Any, output: Any) -> Any:
+        forward = self._forward
+        if torch.compiler.is_dynamo_compiling() and forward is not None and not forward.has_labels:
+            self._forward, self._recomputes_with_labels = None, False
+            return None
+        return self._end_eagerly(output)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _end_eagerly(self, output: Any) -> Any:
         forward, self._forward = self._forward, None
         if forward is None or output is None:  # the forward raised
             return None

@@ -2,34 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
-from colrow.collectives import Communicator, Enter
+from colrow.collectives.typed import Collective
+from colrow.undo import Undo
 
 
-class PartialParameters:
-    """Enters replicated parameters that a module reads inside a region, so that their gradients are summed.
+class Shadow:
+    """Passes replicated parameters through collectives while a module reads them.
 
-    Inside a region each rank sees the parameter meet its own part of the data only: its gradient is partial.
-    During the module's forward the attribute is shadowed by the entered tensor; ``named_parameters``,
-    optimizers and checkpoints see the parameter.
+    Inside a region each rank sees a parameter meet its own part of the data only: its gradient is partial, so
+    the parameter has to be entered. A parameter that is added to a partial sum is added by one rank. During
+    the module's forward the parameter's attribute is shadowed by the result; ``named_parameters``, optimizers
+    and checkpoints see the parameter.
+
+    Args:
+        parameters: of each parameter the module that holds it, its name there and the collective.
     """
 
-    def __init__(self, communicator: Communicator, module_path: str, names: tuple[str, ...]) -> None:
-        self._entries = {name: Enter(communicator, f"parameter {module_path}.{name}") for name in names}
+    def __init__(self, parameters: Sequence[tuple[nn.Module, str, Collective]]) -> None:
+        self._parameters = tuple(parameters)
 
-    def attach(self, module: nn.Module) -> None:
-        """Hook the module."""
-        module.register_forward_pre_hook(self._shadow)
-        module.register_forward_hook(self._restore, always_call=True)
+    def attach(self, reader: nn.Module, undo: Undo) -> None:
+        """Hook the module that reads them."""
+        undo.add(reader.register_forward_pre_hook(self._shadow).remove)
+        undo.add(reader.register_forward_hook(self._restore, always_call=True).remove)
 
     def _shadow(self, module: nn.Module, arguments: Any) -> None:
-        for name, enter in self._entries.items():
+        for holder, name, collective in self._parameters:
             # an instance attribute is found before a registered parameter
-            module.__dict__[name] = enter(module._parameters[name])  # type: ignore[arg-type]
+            holder.__dict__[name] = collective(holder._parameters[name])  # type: ignore[arg-type]
 
     def _restore(self, module: nn.Module, arguments: Any, output: Any) -> None:
-        for name in self._entries:
-            module.__dict__.pop(name, None)
+        for holder, name, _ in self._parameters:
+            holder.__dict__.pop(name, None)

@@ -4,6 +4,7 @@ from colrow.layers.cross_entropy import cross_entropy
 from colrow.layers.embedding import VocabParallelEmbedding
 from colrow.layers.entry import SharedEntry
 from colrow.layers.linear import ColumnParallelLinear, RowParallelLinear, column_parallel, row_parallel
+from colrow.layers.lookup import lookup
 
 __all__ = [
     "ColumnParallelLinear",
@@ -12,5 +13,6 @@ __all__ = [
     "VocabParallelEmbedding",
     "column_parallel",
     "cross_entropy",
+    "lookup",
     "row_parallel",
 ]

@@ -201,6 +201,7 @@ class _Resolver:
                 name: tuple(one.shape) for name, one in self.model.named_parameters(remove_duplicate=False)
             },
             ties=ties_of(self.model),
+            by_hand=True,
             notes=tuple(self.whole.values()),
         )
 

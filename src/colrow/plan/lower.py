@@ -211,8 +211,16 @@ class _Lowering:
                 raise self._selection.cannot(
                     f"{path or 'the model'} draws random numbers for parts and for whole values", first[path]
                 )
-            if True in found:
-                self._actions.randomness.append(OwnRandomness(path))
+        own = [path for path, found in kinds.items() if True in found]
+        for path in own:
+            if not any(_is_inside(path, other) for other in own):
+                whole = [one for one, found in kinds.items() if False in found and _is_inside(one, path)]
+                self._actions.randomness.append(OwnRandomness(path, tuple(whole)))
+
+
+def _is_inside(path: str, other: str) -> bool:
+    """Whether the module at ``path`` is a part of the one at ``other``."""
+    return path != other and (not other or path.startswith(f"{other}."))
 
 
 def _merged(sets: list[set[tuple[object, ...]]]) -> list[set[tuple[object, ...]]]:

@@ -154,9 +154,13 @@ class LocalInteger:
 
 @dataclass(frozen=True)
 class OwnRandomness:
-    """The random numbers that ``module`` draws differ by rank, because what they are used on is cut."""
+    """The random numbers that ``module`` draws differ by rank, because what they are used on is cut.
+
+    Within it the modules ``whole`` draw for values that are the same on all ranks.
+    """
 
     module: str
+    whole: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -192,6 +196,8 @@ class Plan:
         holders: modules that hold a tied parameter without reading it.
         shapes: global shapes of all parameters and buffers that the plan was made for; empty if unknown.
         ties: of parameters with several names, the first name by each of the others.
+        by_hand: whether it was written by hand. Then random numbers differ by rank between the layers that
+            enter and leave a region, and parameters that are cut must be those of layers that know.
         notes: what stayed whole against expectation, and why; for people.
         prediction: collectives of a step, as derived; ``None`` if unknown.
     """
@@ -214,6 +220,7 @@ class Plan:
     holders: tuple[str, ...] = ()
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     ties: dict[str, str] = field(default_factory=dict)
+    by_hand: bool = False
     notes: tuple[str, ...] = ()
     prediction: Prediction | None = None
 

@@ -15,7 +15,9 @@ import torch
 from colrow.trace.records import CallSite
 
 _TORCH = str(Path(torch.__file__).parent) + os.sep
-_HERE = str(Path(__file__).parent) + os.sep
+_PACKAGE = Path(__file__).parent.parent
+# code that watches or changes calls, and is not where they come from
+_HERE = (str(_PACKAGE / "trace") + os.sep, str(_PACKAGE / "apply") + os.sep)
 _MACHINERY = (
     str(Path(_TORCH, "overrides.py")),
     str(Path(_TORCH, "_jit_internal.py")),
@@ -60,7 +62,7 @@ def user_site() -> CallSite:
     last = frame
     while frame is not None:
         file = frame.f_code.co_filename
-        if not file.startswith((_TORCH, _HERE)):
+        if not file.startswith((_TORCH, *_HERE)):
             return _site(frame)
         last = frame
         frame = frame.f_back

@@ -1,0 +1,296 @@
+"""Doing what a plan says to one model."""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from colrow.apply.calls import CallTable, local_number
+from colrow.apply.loss import ParallelLoss
+from colrow.apply.parts import Part, TakePart, TakeWhole
+from colrow.apply.regions import Scope, find_regions
+from colrow.apply.shadow import Shadow
+from colrow.apply.shared import SharedGradient
+from colrow.apply.values import Change, ModuleTable
+from colrow.collectives import AllReduce, Communicator, Enter, FirstRankOnly
+from colrow.collectives.typed import Collective
+from colrow.layers import SharedEntry, VocabParallelEmbedding, column_parallel, lookup, row_parallel
+from colrow.layers.linear import ColumnParallel, RowParallel
+from colrow.layout import Cut
+from colrow.modules import embedding_fault, features_dimension, is_linear
+from colrow.plan import (
+    CallArgument,
+    CallResult,
+    Entry,
+    LocalAttribute,
+    ModuleInput,
+    ModuleOutput,
+    Place,
+    Plan,
+    Sharding,
+)
+from colrow.randomness import RegionRandomness
+from colrow.undo import Undo
+
+
+class Applier:
+    """Does what ``plan`` says to ``model`` on one rank."""
+
+    def __init__(self, model: nn.Module, ranks: Communicator, plan: Plan) -> None:
+        self._model, self._ranks, self._plan = model, ranks, plan
+        self._undo = Undo()
+        self._modules, self._calls = ModuleTable(model), CallTable(model)
+        self._region = RegionRandomness(ranks)
+
+    def apply(self, gather_logits: bool) -> Undo:
+        """Do it; what is returned takes it back, but for the parameters' data."""
+        plan = self._plan
+        for module in self._model.modules():
+            # layers that become parallel ones, and all attributes that are made local
+            self._undo.keep(module)
+        entries = self._entries()
+        for exit in plan.exits:
+            self._exit(exit.place)
+        for lookup_ in plan.lookups:
+            self._lookup(lookup_.place, lookup_.axis)
+        if plan.by_hand:
+            self._regions(entries)
+        self._shard()
+        self._parameters()
+        for piece in plan.slices:
+            self._change(piece.place, TakePart(*self._placed_part(piece.place, piece.sharding)))
+        for gather in plan.gathers:
+            if gather_logits or not self._is_logits(gather.place):
+                self._change(gather.place, TakeWhole(*self._placed_part(gather.place, gather.sharding)))
+        for attribute in plan.attributes:
+            self._localise(attribute)
+        for integer in plan.integers:
+            rank = self._ranks.rank
+            change = local_number(integer.given[rank], integer.values[rank], integer.place)
+            changes = self._calls.at(integer.place.module).at(integer.place.call)
+            changes.integers.append((integer.place.path, change))
+        for own in plan.randomness:
+            self._own_randomness(own.module, own.whole)
+        self._modules.attach(self._undo)
+        self._calls.attach(self._undo)
+        if plan.loss is not None:
+            self._loss(gather_logits)
+        return self._undo
+
+    # ---------------------------------------------------------------- parameters
+
+    def _shard(self) -> None:
+        """Cut what no layer has cut: the model's own code reads it as it is."""
+        plan = self._plan
+        named: dict[str, Tensor] = dict(self._model.named_parameters(remove_duplicate=False))
+        for name, sharding in plan.parameters.items():
+            parameter = named[name]
+            layout = plan.tensor_layout(name, plan.shapes[name])
+            if tuple(parameter.shape) == layout.shape != layout.local_shape(self._ranks.rank):
+                parameter.data = layout.slice(parameter.data, self._ranks.rank)
+                parameter.grad = None
+            cut = plan.axes[sharding.axis].cut
+            if sharding.layout.is_shared(cut):
+                label = f"parameter {name}"
+                shared = SharedGradient(self._ranks, label, sharding.dimension, sharding.layout, cut)
+                if name == next(one for one in named if named[one] is parameter):
+                    shared.attach(cast(nn.Parameter, parameter), self._undo)
+        for name in plan.buffers:
+            path, _, leaf = name.rpartition(".")
+            module = self._model.get_submodule(path)
+            buffer = cast(Tensor, getattr(module, leaf))
+            layout = plan.tensor_layout(name, tuple(buffer.shape))
+            self._set_tensor(module, leaf, layout.slice(buffer, self._ranks.rank))
+        for path, module in self._model.named_modules():
+            if type(module) is nn.Linear and f"{path}.weight" in plan.parameters:
+                module.out_features, module.in_features = module.weight.shape
+
+    def _set_tensor(self, module: nn.Module, name: str, tensor: Tensor) -> None:
+        before = getattr(module, name)
+        setattr(module, name, tensor)
+        self._undo.add(lambda: setattr(module, name, before))
+
+    def _parameters(self) -> None:
+        """Replicated parameters whose gradients are summed, or that one rank adds."""
+        found: dict[str, list[tuple[nn.Module, str, Collective]]] = defaultdict(list)
+        for partial in self._plan.partial_parameters:
+            found[partial.reader].append(self._held(partial.name, Enter(self._ranks, _of(partial.name))))
+        for once in self._plan.once_parameters:
+            collective = FirstRankOnly(self._ranks, _of(once.name), "I")
+            found[once.reader].append(self._held(once.name, collective))
+        for reader, parameters in found.items():
+            Shadow(parameters).attach(self._model.get_submodule(reader), self._undo)
+
+    def _held(self, name: str, collective: Collective) -> tuple[nn.Module, str, Collective]:
+        path, _, leaf = name.rpartition(".")
+        return self._model.get_submodule(path), leaf, collective
+
+    # ---------------------------------------------------------------- regions
+
+    def _entries(self) -> dict[Entry, SharedEntry]:
+        shared: dict[Entry, SharedEntry] = {}
+        for entry in self._plan.entries:
+            linears = [path for place in entry.places if (path := self._column(place)) is not None]
+            label = f"enter {', '.join(dict.fromkeys(entry.modules))}"
+            if len(linears) == len(entry.places):
+                if len(linears) > 1:
+                    shared[entry] = SharedEntry(self._ranks, label, len(linears))
+                for path in linears:
+                    column_parallel(
+                        self._model.get_submodule(path),
+                        self._ranks,
+                        # a layer that enters alone overlaps the reduction with its own weight gradient
+                        entry=shared.get(entry),
+                        label=path,
+                        **self._placed(path),
+                    )
+                continue
+            calls = [place for place in entry.places if isinstance(place, CallArgument | CallResult)]
+            if len(entry.places) == 1 and not calls:
+                self._change(entry.places[0], Enter(self._ranks, label))
+                continue
+            one = SharedEntry(self._ranks, label, 0 if calls else len(entry.places))
+            shared[entry] = one
+            for place in entry.places:
+                self._change(place, one)
+            for place in calls:
+                self._calls.at(place.module).afterwards(one.forget)
+        return shared
+
+    def _column(self, place: Place) -> str | None:
+        """The path of a linear layer whose input it is and whose output features are cut."""
+        if not isinstance(place, ModuleInput) or len(place.path) != 1:
+            return None
+        module = self._model.get_submodule(place.module)
+        sharding = self._plan.parameters.get(f"{place.module}.weight")
+        if not is_linear(module) or sharding is None or sharding.dimension != features_dimension(module):
+            return None
+        return None if self._is_shared(sharding) else place.module
+
+    def _is_shared(self, sharding: Sharding) -> bool:
+        return sharding.layout.is_shared(self._plan.axes[sharding.axis].cut)
+
+    def _exit(self, place: ModuleOutput | CallResult) -> None:
+        module = self._model.get_submodule(place.module)
+        if isinstance(place, ModuleOutput) and is_linear(module):
+            sharding = self._plan.parameters.get(f"{place.module}.weight")
+            if sharding is not None and sharding.dimension != features_dimension(module):
+                row_parallel(module, self._ranks, label=place.module, **self._placed(place.module))
+                return
+        self._change(place, AllReduce(self._ranks, f"exit {place.module}"))
+
+    def _lookup(self, place: ModuleOutput | CallResult, axis: str) -> None:
+        module = self._model.get_submodule(place.module)
+        if isinstance(place, ModuleOutput) and embedding_fault(module) is None:
+            VocabParallelEmbedding.from_module(
+                cast(nn.Embedding, module), self._ranks, label=place.module, **self._placed(place.module)
+            )
+            return
+        assert isinstance(place, CallResult)
+        cut = self._plan.axes[axis].cut
+        changes = self._calls.at(place.module).at(place.call)
+        changes.replacement = lookup(self._ranks, cut, place.module)
+
+    def _placed(self, path: str) -> dict[str, Any]:
+        sharding = self._plan.parameters[f"{path}.weight"]
+        return {"layout": sharding.layout, "cut": self._plan.axes[sharding.axis].cut}
+
+    def _regions(self, entries: dict[Entry, SharedEntry]) -> None:
+        """Random numbers differ by rank between the layers that enter and leave a region."""
+        for region in find_regions(self._plan, self._model):
+            for path in region.columns:
+                cast(ColumnParallel, self._model.get_submodule(path)).begin_region(self._region, region.name)
+            for path in region.exits:
+                cast(RowParallel, self._model.get_submodule(path)).end_region(self._region, region.name)
+            scope = Scope(region.name, self._region, entries.get(region.entry))
+            scope.attach(self._model.get_submodule(region.scope))
+
+    def _own_randomness(self, path: str, whole: tuple[str, ...]) -> None:
+        module = self._model.get_submodule(path)
+        scope = OwnScope(path or "the model", self._region)
+        scope.attach(module, [self._model.get_submodule(one) for one in whole], self._undo)
+
+    # ---------------------------------------------------------------- values and numbers
+
+    def _change(self, place: Place, change: Change) -> None:
+        match place:
+            case ModuleInput(module, path):
+                self._modules.at(module).change_input(path, change)
+            case ModuleOutput(module, path):
+                self._modules.at(module).change_output(path, change)
+            case CallArgument(module, call, path):
+                self._calls.at(module).at(call).arguments.append((path, change))
+            case CallResult(module, call, path):
+                self._calls.at(module).at(call).results.append((path, change))
+
+    def _placed_part(self, place: Place, sharding: Sharding) -> tuple[Communicator, str, int, Part]:
+        part = Part(sharding.layout, self._plan.axes[sharding.axis].cut, str(place))
+        return self._ranks, f"part of {place.module or 'the model'}", sharding.dimension, part
+
+    def _is_logits(self, place: Place) -> bool:
+        """Whether it is what a layer gives, rather than an output of the model for other reasons."""
+        return place.module != ""
+
+    def _localise(self, attribute: LocalAttribute) -> None:
+        module = self._model.get_submodule(attribute.module)
+        *path, last = attribute.attribute.split(".")
+        holder: object = module
+        for name in path:
+            duplicate = copy.copy(getattr(holder, name))
+            setattr(holder, name, duplicate)
+            holder = duplicate
+        setattr(holder, last, attribute.values[self._ranks.rank])
+
+    def _loss(self, gather_logits: bool) -> None:
+        loss = self._plan.loss
+        assert loss is not None
+        sharding = self._plan.parameters[f"{loss.logits}.weight"]
+        cut = self._plan.axes[loss.axis].cut
+        sizes = [sharding.layout.local_size(cut, rank) for rank in range(self._plan.ranks)]
+        ParallelLoss(loss, self._ranks, Cut.from_counts(sizes), gather_logits).attach(self._model)
+
+
+class OwnScope:
+    """Hooks on a module that draws random numbers for parts, and on those in it that draw for wholes."""
+
+    def __init__(self, name: str, randomness: RegionRandomness) -> None:
+        self._name, self._randomness = name, randomness
+
+    def attach(self, module: nn.Module, whole: list[nn.Module], undo: Undo) -> None:
+        """Hook the modules."""
+        undo.add(module.register_forward_pre_hook(self._begin).remove)
+        undo.add(module.register_forward_hook(self._end, always_call=True).remove)
+        for inner in whole:
+            undo.add(inner.register_forward_pre_hook(self._pause).remove)
+            undo.add(inner.register_forward_hook(self._resume, always_call=True).remove)
+
+    def _begin(self, module: nn.Module, arguments: Any) -> None:
+        is_training = module.training or any(child.training for child in module.modules())
+        self._randomness.begin_scope(self._name, is_training)
+        if is_training:
+            self._randomness.enter(_device(module, arguments), self._name)
+
+    def _end(self, module: nn.Module, arguments: Any, output: Any) -> None:
+        self._randomness.leave(self._name)
+        self._randomness.end_scope()
+
+    def _pause(self, module: nn.Module, arguments: Any) -> None:
+        self._randomness.pause()
+
+    def _resume(self, module: nn.Module, arguments: Any, output: Any) -> None:
+        self._randomness.resume()
+
+
+def _device(module: nn.Module, arguments: Any) -> torch.device:
+    """Where a module computes."""
+    for tensor in [*module.parameters(), *(one for one in arguments if isinstance(one, Tensor))]:
+        return tensor.device
+    return torch.get_default_device()
+
+
+def _of(name: str) -> str:
+    return f"parameter {name}"

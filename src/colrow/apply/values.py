@@ -1,0 +1,150 @@
+"""Changing tensors where they stand: among the arguments of a module, in its result."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping, MutableMapping
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from colrow.errors import PlanError
+from colrow.plan.places import Path
+from colrow.undo import Undo
+
+Change: TypeAlias = Callable[[Tensor], Tensor]
+
+
+class ModuleChanges:
+    """What is to happen to the inputs and outputs of one module: two hooks at most."""
+
+    def __init__(self, path: str, module: nn.Module) -> None:
+        self._path, self._module = path, module
+        self._inputs: list[tuple[int | None, str | None, Path, Change]] = []
+        self._outputs: list[tuple[Path, Change]] = []
+
+    def change_input(self, path: Path, change: Change) -> None:
+        """Change the tensor at ``path`` of the arguments."""
+        position, name = self._argument(path[0])
+        self._inputs.append((position, name, path[1:], change))
+
+    def change_output(self, path: Path, change: Change) -> None:
+        """Change the tensor at ``path`` of the result."""
+        self._outputs.append((path, change))
+
+    def _argument(self, first: int | str) -> tuple[int | None, str | None]:
+        """Position and name of an argument, as far as it has them: callers may use either."""
+        kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        parameters = inspect.signature(self._module.forward).parameters.values()
+        names = [parameter.name for parameter in parameters if parameter.kind in kinds]
+        if isinstance(first, int):
+            return first, names[first] if first < len(names) else None
+        return (names.index(first) if first in names else None), first
+
+    def attach(self, undo: Undo) -> None:
+        """Hook the module."""
+        if self._inputs:
+            simple = all(not rest and name is None for _, name, rest, _ in self._inputs)
+            handle = (
+                self._module.register_forward_pre_hook(self._before_plain)
+                if simple
+                else self._module.register_forward_pre_hook(self._before, with_kwargs=True)
+            )
+            undo.add(handle.remove)
+        if self._outputs:
+            undo.add(self._module.register_forward_hook(self._after).remove)
+
+    def _before_plain(self, module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        changed = list(arguments)
+        for position, _, _, change in self._inputs:
+            assert position is not None
+            if isinstance(changed[position], Tensor):
+                changed[position] = change(changed[position])
+        return tuple(changed)
+
+    def _before(
+        self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        for position, name, rest, change in self._inputs:
+            if name is not None and name in keywords:
+                item = keywords[name]
+                new = change(item) if not rest and isinstance(item, Tensor) else changed(item, rest, change)
+                if new is not item:
+                    keywords = {**keywords, name: new}
+            elif position is not None and position < len(arguments):
+                item = arguments[position]
+                new = change(item) if not rest and isinstance(item, Tensor) else changed(item, rest, change)
+                if new is not item:
+                    arguments = (*arguments[:position], new, *arguments[position + 1 :])
+        return arguments, keywords
+
+    def _after(self, module: nn.Module, arguments: Any, output: Any) -> Any:
+        for path, change in self._outputs:
+            output = changed(output, path, change)
+        return output
+
+
+def changed(item: Any, path: Path, change: Change) -> Any:
+    """A nesting with the tensor at ``path`` changed; where there is none, for this call, nothing is.
+
+    What can change is changed in place (mappings, outputs of transformers), so that its type stays.
+    """
+    if not path:
+        return change(item) if isinstance(item, Tensor) else item
+    first, rest = path[0], path[1:]
+    if isinstance(item, tuple):
+        assert isinstance(first, int)
+        if first >= len(item):
+            return item
+        items = [*item[:first], changed(item[first], rest, change), *item[first + 1 :]]
+        return type(item)(*items) if hasattr(item, "_fields") else tuple(items)
+    if isinstance(item, list):
+        assert isinstance(first, int)
+        return [changed(each, rest, change) if at == first else each for at, each in enumerate(item)]
+    if isinstance(item, MutableMapping):
+        if first in item:
+            item[first] = changed(item[first], rest, change)
+        return item
+    if isinstance(item, Mapping):
+        return {key: changed(each, rest, change) if key == first else each for key, each in item.items()}
+    if dataclasses.is_dataclass(item) and hasattr(item, str(first)):
+        object.__setattr__(item, str(first), changed(getattr(item, str(first)), rest, change))
+    return item
+
+
+class ModuleTable:
+    """The changes of all modules of a model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._changes: dict[str, ModuleChanges] = {}
+
+    def at(self, path: str) -> ModuleChanges:
+        """The changes of the module at ``path``.
+
+        Raises:
+            PlanError: if there is none.
+        """
+        if path not in self._changes:
+            try:
+                module = self._model.get_submodule(path)
+            except AttributeError as error:
+                raise PlanError(path, "the model has no such module", "Make a new plan for it.") from error
+            self._changes[path] = ModuleChanges(path, module)
+        return self._changes[path]
+
+    def attach(self, undo: Undo) -> None:
+        """Hook all modules."""
+        for changes in self._changes.values():
+            changes.attach(undo)
+
+
+def only_with_gradient(change: Change) -> Change:
+    """The change, made only where a gradient will come back."""
+
+    def change_if_needed(value: Tensor) -> Tensor:
+        return change(value) if value.requires_grad and torch.is_grad_enabled() else value
+
+    return change_if_needed
