@@ -44,7 +44,7 @@ def global_grad_norm(model: nn.Module, norm_type: float = 2.0) -> Tensor:
     """Norm of all gradients as if they were one vector on one device, the same on every rank.
 
     One all-reduce of a few numbers, which also checks that the ranks have gone through the same collectives.
-    Sharded gradients are summed over the tensor-parallel ranks, replicated and tied ones are counted once.
+    Sharded gradients are summed over the tensor-parallel ranks; replicated, shared and tied ones count once.
 
     Args:
         model: a parallelized model after backward.
@@ -60,8 +60,16 @@ def global_grad_norm(model: nn.Module, norm_type: float = 2.0) -> Tensor:
     sharded: list[Tensor] = []
     replicated: list[Tensor] = []
     for placed in placed_parameters(model):
-        if placed.parameter.grad is not None:
-            (sharded if placed.layout.is_sharded else replicated).append(placed.parameter.grad)
+        gradient = placed.parameter.grad
+        if gradient is None:
+            continue
+        if not placed.layout.is_sharded:
+            replicated.append(gradient)
+        elif placed.layout.is_shared:
+            # what several ranks hold counts once
+            sharded += placed.layout.owned(gradient, ranks.rank)
+        else:
+            sharded.append(gradient)
     device = (sharded + replicated)[0].device if sharded or replicated else torch.device("cpu")
     own, common = (_power_sum(gradients, norm_type, device) for gradients in (sharded, replicated))
     is_max = norm_type == float("inf")

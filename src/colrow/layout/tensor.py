@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import product
+from itertools import pairwise, product
 from math import prod
 
 import torch
@@ -45,6 +45,29 @@ class TensorLayout:
     @property
     def is_sharded(self) -> bool:
         return bool(self.dimensions)
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether several ranks, but not as replicas of all of it, hold the same part."""
+        return any(layout.is_shared(cut) for layout, cut in self.dimensions.values())
+
+    def owned(self, shard: Tensor, rank: int) -> list[Tensor]:
+        """The parts of a shard that count as those of ``rank``: of what several ranks hold, the first's.
+
+        Views of ``shard``, along the one dimension that is cut.
+        """
+        pieces = [shard]
+        for dimension, (layout, cut) in self.dimensions.items():
+            others = [pair for pair, ranks in layout.shared(cut) if rank in ranks[1:]]
+            kept, position = [], 0
+            for low, high in layout.ranges(cut, rank):
+                borders = sorted({low, high, *(one for pair in others for one in pair if low < one < high)})
+                for start, stop in pairwise(borders):
+                    if not any(a <= start and stop <= b for a, b in others):
+                        kept.append((position + start - low, stop - start))
+                position += high - low
+            pieces = [piece.narrow(dimension, start, length) for piece in pieces for start, length in kept]
+        return pieces
 
     def ranges(self, dimension: int, rank: int) -> list[tuple[int, int]]:
         """Half-open global index ranges of ``dimension`` that ``rank`` holds."""

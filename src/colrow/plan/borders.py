@@ -23,7 +23,8 @@ class Borders:
         gathers: as actions, at outputs of modules.
         gathered: the values that are gathered, with the module call whose output they are.
         loss: the parallel loss, whose logits layer gathers too where no loss is computed.
-        losses: logits that go into a loss.
+        losses: logits that go into a loss, with the call of the layer that gives them.
+        unread: logits of the same layer that no loss reads: it gathers them itself.
     """
 
     values: set[int] = field(default_factory=set)
@@ -31,6 +32,7 @@ class Borders:
     gathered: list[tuple[Value, ModuleCall]] = field(default_factory=list)
     loss: Loss | None = None
     losses: list[tuple[Value, ModuleCall]] = field(default_factory=list)
+    unread: list[tuple[Value, ModuleCall]] = field(default_factory=list)
 
 
 def find_borders(selection: Selection) -> Borders:
@@ -164,7 +166,7 @@ class _Search:
         self._found.values.add(value.index)
         loss = self._found.loss
         if loss is not None and loss.logits == module.path:
-            self._found.losses.append((value, module))
+            self._found.unread.append((value, module))
             return
         self._found.gathered.append((value, module))
         path = next(path for path, one in module.outputs if one is value)

@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Mapping
 from math import prod
 
+import torch
+
 from colrow.plan.borders import Borders
 from colrow.plan.exits import Reductions
 from colrow.plan.gradients import Summation
@@ -14,7 +16,7 @@ from colrow.plan.plan import Sharding
 from colrow.plan.prediction import Direction, PredictedCollective, Prediction
 from colrow.plan.selection import Selection
 from colrow.plan.states import States
-from colrow.trace.records import Value
+from colrow.trace.records import ModuleCall, Value
 
 
 def predict(
@@ -29,6 +31,9 @@ def predict(
     return _Predictor(selection, states, borders, reductions, summations, parameters).run()
 
 
+_Kind = tuple[str, Direction, str, str, tuple[int, ...], int, tuple[int, ...]]
+
+
 class _Predictor:
     def __init__(
         self,
@@ -41,7 +46,7 @@ class _Predictor:
     ) -> None:
         self._selection, self._states, self._borders = selection, states, borders
         self._reductions, self._summations, self._parameters = reductions, summations, parameters
-        self._found: Counter[tuple[str, Direction, str, str, tuple[int, ...], int]] = Counter()
+        self._found: Counter[_Kind] = Counter()
 
     def run(self) -> Prediction:
         for one in self._reductions.all:
@@ -52,6 +57,11 @@ class _Predictor:
                 self._add(operation.outputs[0], "forward", "all-reduce", f"lookup {path}", operation.index)
         for value, module in self._borders.gathered:
             self._add(value, "forward", "all-gather", f"gather {module.path}", module.first)
+        for value, module in self._borders.unread:
+            self._add(value, "forward", "all-gather", f"gather {module.path}", module.first)
+        for value, module in self._borders.losses:
+            self._loss(value, module)
+        self._shared_gradients()
         for summation in self._summations:
             operation = summation.operations[0]
             path = operation.module.path if operation.module is not None else ""
@@ -59,6 +69,36 @@ class _Predictor:
             for mode in self._modes(summation):
                 self._count(mode, summation.value, "backward", "all-reduce", f"enter {path}")
         return Prediction(self._collectives(), *self._sizes())
+
+    def _loss(self, logits: Value, module: ModuleCall) -> None:
+        """The largest logit and the sum of a few numbers of every token."""
+        for mode, root in self._selection.trace.runs:
+            if root.first <= module.first < root.last:
+                label = f"loss of {module.path}"
+                for what in ("max", "sum"):
+                    self._count_one(
+                        mode, "forward", "all-reduce", f"{label} {what}", logits.shape[:-1], logits.dtype, ()
+                    )
+
+    def _shared_gradients(self) -> None:
+        """Of parameters of which several ranks hold the same part, in every run that reads them."""
+        cuts = {one.name: one.cut for one in self._selection.chosen}
+        for value in self._selection.trace.values:
+            sharding = self._parameters.get(value.source.name) if value.source.kind == "parameter" else None
+            if sharding is None or not value.differentiable:
+                continue
+            shared: Counter[tuple[int, ...]] = Counter()
+            for (low, high), members in sharding.layout.shared(cuts[sharding.axis]):
+                shared[members] += high - low
+            for members, extent in shared.items():
+                shape = list(value.shape)
+                shape[sharding.dimension] = extent
+                for mode, root in self._selection.trace.runs:
+                    if any(root.first <= use.index < root.last for use in value.uses):
+                        label = f"parameter {value.source.name}"
+                        self._count_one(
+                            mode, "backward", "all-reduce", label, tuple(shape), value.dtype, members
+                        )
 
     def _modes(self, summation: Summation) -> list[str]:
         """The runs in which a value's gradient is summed; a parameter's may be in several."""
@@ -76,14 +116,25 @@ class _Predictor:
                 self._count(mode, value, direction, kind, label)
 
     def _count(self, mode: str, value: Value, direction: Direction, kind: str, label: str) -> None:
+        self._count_one(mode, direction, kind, label, value.shape, value.dtype, ())
+
+    def _count_one(
+        self,
+        mode: str,
+        direction: Direction,
+        kind: str,
+        label: str,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        members: tuple[int, ...],
+    ) -> None:
         label = re.sub(r"(?<![^. ])[0-9]+(?![^.])", "*", label)
-        size = prod(value.shape) * value.dtype.itemsize
-        self._found[(mode, direction, kind, label, value.shape, size)] += 1
+        self._found[mode, direction, kind, label, shape, prod(shape) * dtype.itemsize, members] += 1
 
     def _collectives(self) -> tuple[PredictedCollective, ...]:
         return tuple(
-            PredictedCollective(mode, direction, kind, label, shape, size, count)
-            for (mode, direction, kind, label, shape, size), count in self._found.items()
+            PredictedCollective(mode, direction, kind, label, shape, size, count, members)
+            for (mode, direction, kind, label, shape, size, members), count in self._found.items()
         )
 
     def _sizes(self) -> tuple[tuple[int, tuple[int, ...]], tuple[int, tuple[int, ...]]]:

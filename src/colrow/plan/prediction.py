@@ -20,6 +20,7 @@ class PredictedCollective:
         shape: of what is communicated, as traced; of an all-gather, the result.
         bytes: of one such tensor.
         count: how often.
+        members: the ranks that take part; empty: all.
     """
 
     mode: str
@@ -29,6 +30,7 @@ class PredictedCollective:
     shape: tuple[int, ...]
     bytes: int
     count: int
+    members: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
