@@ -10,10 +10,12 @@ state saves everything, and activation checkpointing, which restores it, replays
 from __future__ import annotations
 
 import torch
+import torch._dynamo
 from torch.distributed.device_mesh import DeviceMesh
 
 from colrow.collectives import Communicator
 from colrow.mesh import root_mesh
+from colrow.traced_regions import TracedRegions
 
 _MASK = (1 << 63) - 1
 _SEED_BITS, _REGION_MARK = 47, 0x5C07
@@ -55,22 +57,32 @@ class RegionRandomness:
         self._seed = 0
         self._generator: torch.Generator | None = None
         self._partly_left: torch.Tensor | None = None
+        self._paused: list[torch.Tensor] = []
+        self._traced = TracedRegions()
 
     def begin_scope(self, region: str, is_training: bool) -> None:
         """The forward of the module that holds ``region`` begins."""
-        if not self._scopes:
-            self.abandon()  # an earlier pass may have been interrupted inside a region
+        if not self._scopes and self._outside is not None:
+            self.abandon()  # an earlier pass was interrupted inside a region
         self._scopes.append(region if is_training else "")
+        if is_training and torch.compiler.is_dynamo_compiling():
+            self._traced.begin_scope(region)
 
     def end_scope(self) -> None:
         """The forward ends, also by an exception: a region that is still open is left."""
         if self._scopes:
             self._scopes.pop()
-        if not self._scopes:
+        if not self._scopes and self._outside is not None:
             self.abandon()
 
     def enter(self, device: torch.device, region: str) -> None:
         """Begin ``region`` unless it has begun, or the forward that holds it is not running."""
+        if not torch.compiler.is_dynamo_compiling():
+            self._enter(device, region)
+        elif (not self._scopes or region in self._scopes) and not self._traced.enter(region):
+            self._enter_between_graphs(device, region)
+
+    def _enter(self, device: torch.device, region: str) -> None:
         is_backward = torch._C._current_graph_task_id() != -1  # activation checkpointing recomputes there
         if region not in self._scopes and not is_backward:
             return
@@ -90,6 +102,8 @@ class RegionRandomness:
         self._outside, self._open = generator.get_state(), [region]
         generator.manual_seed(self._seed)
 
+    _enter_between_graphs = torch.compiler.disable(_enter)
+
     def leave(self, region: str) -> None:
         """End ``region``, if it has begun: the common stream goes on where it was.
 
@@ -98,6 +112,19 @@ class RegionRandomness:
                 was drawn while one of them had ended, or activation checkpointing recomputes a part that
                 begins inside the region and ends outside of it.
         """
+        if not torch.compiler.is_dynamo_compiling():
+            self._leave(region)
+        elif self._outside is not None:
+            self._leave_between_graphs(region)
+        else:
+            drawing = self._traced.leave(region)
+            if drawing:
+                torch._dynamo.graph_break(
+                    f"{drawing} draws random numbers inside the region of {region}. They differ by rank, so "
+                    "they cannot be drawn in one graph with what lies outside of the region"
+                )
+
+    def _leave(self, region: str) -> None:
         if self._outside is None or self._generator is None:
             generator = torch.default_generator if self._generator is None else self._generator
             if generator.initial_seed() >> _SEED_BITS == _REGION_MARK:
@@ -122,6 +149,21 @@ class RegionRandomness:
                 "between the two, or compute one region after the other"
             )
 
+    _leave_between_graphs = torch.compiler.disable(_leave)
+
+    def pause(self) -> None:
+        """Draw from the common stream, until :meth:`resume`: for whole values within a region."""
+        if self._outside is None or self._generator is None:
+            return
+        self._paused.append(self._generator.get_state())
+        self._generator.set_state(self._outside)
+
+    def resume(self) -> None:
+        """Go on with the region's stream."""
+        if self._paused and self._generator is not None:
+            self._outside = self._generator.get_state()
+            self._generator.set_state(self._paused.pop())
+
     def abandon(self) -> None:
         """End whatever has begun, and put the common stream back unless somebody else has done so."""
         generator = self._generator
@@ -131,7 +173,7 @@ class RegionRandomness:
 
     def _forget(self) -> None:
         self._outside = self._partly_left = None
-        self._open = []
+        self._open, self._paused = [], []
 
 
 def _default_generator(device: torch.device) -> torch.Generator:

@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from colrow.collectives.failure import diagnose, register_member
 from colrow.collectives.pending import Pending
+from colrow.collectives.shapes import check_dimension, exchanged_shapes, gathered_sizes, pad, scattered_sizes
 from colrow.collectives.statistics import Call, CommStats, current_phase
 
 Group: TypeAlias = "Communicator | dist.ProcessGroup | DeviceMesh"
@@ -42,6 +43,7 @@ class Communicator:
         rank: this process's rank within the group.
         size: number of ranks in the group.
         global_ranks: the job-wide ranks of the members, in group order.
+        name: by which torch, and so a compiled graph, finds the process group.
         statistics: count and bytes of all collectives since start or the last reset.
         sequence: a checksum of the collectives so far, in order: equal on all ranks unless they went
             different ways.
@@ -52,6 +54,7 @@ class Communicator:
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
         self.global_ranks = tuple(dist.get_process_group_ranks(group))
+        self.name = group.group_name
         self.statistics = CommStats()
         self.sequence = 0
         self._is_gloo = dist.get_backend(group) == "gloo"
@@ -84,8 +87,11 @@ class Communicator:
         self.statistics.add_seconds(call, time.perf_counter() - begin)
         return Pending(call, self.global_ranks, self.statistics, work, finish)
 
-    def _sum_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """gloo adds half-precision numbers in half precision: above two ranks that rounds repeatedly."""
+    def sum_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """In which dtype to send numbers that are summed.
+
+        gloo adds half-precision numbers in half precision: above two ranks that rounds repeatedly.
+        """
         half = dtype in (torch.bfloat16, torch.float16)
         return torch.float32 if half and self._is_gloo and self.size > 2 else dtype
 
@@ -102,7 +108,7 @@ class Communicator:
         """
         if self.size == 1:
             return Pending.completed(tensor if owned else tensor.clone())
-        dtype = self._sum_dtype(tensor.dtype) if reduction == "sum" else tensor.dtype
+        dtype = self.sum_dtype(tensor.dtype) if reduction == "sum" else tensor.dtype
         if owned and tensor.is_contiguous() and dtype == tensor.dtype:
             buffer = tensor
         else:
@@ -128,13 +134,11 @@ class Communicator:
         """
         if self.size == 1:
             return Pending.completed(shard.clone())
-        dimension = _dimension(dimension, shard)
-        sizes = self._check_sizes(sizes, shard.shape[dimension])
-        if sizes[self.rank] != shard.shape[dimension]:
-            raise ValueError(f"rank {self.rank} holds {shard.shape[dimension]}, not {sizes[self.rank]}")
+        dimension = check_dimension(dimension, shard)
+        sizes = gathered_sizes(shard, dimension, sizes, self.rank, self.size)
         rest = math.prod(shard.shape[:dimension] + shard.shape[dimension + 1 :])
         largest = max(sizes)
-        source = _pad(shard, dimension, largest).contiguous()
+        source = pad(shard, dimension, largest).contiguous()
         stacked = source.new_empty((self.size, *source.shape))
 
         def finish() -> Tensor:
@@ -169,17 +173,12 @@ class Communicator:
         """
         if self.size == 1:
             return Pending.completed(tensor.clone())
-        dimension = _dimension(dimension, tensor)
-        extent = tensor.shape[dimension]
-        if sizes is None and extent % self.size:
-            raise ValueError(f"{extent} cannot be cut over {self.size} ranks equally: give sizes")
-        sizes = self._check_sizes(sizes, extent // self.size)
-        if sum(sizes) != extent:
-            raise ValueError(f"the sizes {list(sizes)} do not add up to the extent {extent}")
+        dimension = check_dimension(dimension, tensor)
+        sizes = scattered_sizes(tensor, dimension, sizes, self.size)
         largest = max(sizes)
-        dtype = self._sum_dtype(tensor.dtype)
+        dtype = self.sum_dtype(tensor.dtype)
         pieces = tensor.to(dtype).split(list(sizes), dimension)
-        source = torch.stack([_pad(piece, dimension, largest) for piece in pieces])
+        source = torch.stack([pad(piece, dimension, largest) for piece in pieces])
         own = source.new_empty(source.shape[1:])
         return self._begin(
             "reduce_scatter",
@@ -211,26 +210,13 @@ class Communicator:
         """
         if self.size == 1:
             return Pending.completed(tensor.clone())
-        split_dimension, concat_dimension = (
-            _dimension(one, tensor) for one in (split_dimension, concat_dimension)
+        split_dimension = check_dimension(split_dimension, tensor)
+        concat_dimension = check_dimension(concat_dimension, tensor)
+        shapes = exchanged_shapes(
+            tensor, split_dimension, split_sizes, concat_dimension, concat_sizes, self.rank, self.size
         )
-        split_sizes = self._check_sizes(split_sizes, 0)
-        concat_sizes = self._check_sizes(concat_sizes, 0)
-        if (
-            sum(split_sizes) != tensor.shape[split_dimension]
-            or concat_sizes[self.rank] != tensor.shape[concat_dimension]
-        ):
-            raise ValueError(
-                f"the sizes {list(split_sizes)} and {list(concat_sizes)} do not fit {list(tensor.shape)}"
-            )
         pieces = tensor.split(list(split_sizes), split_dimension)
         source = torch.cat([piece.reshape(-1) for piece in pieces])
-        shapes = []
-        for size in concat_sizes:
-            shape = list(tensor.shape)
-            shape[split_dimension] = split_sizes[self.rank]
-            shape[concat_dimension] = size
-            shapes.append(shape)
         counts = [torch.Size(shape).numel() for shape in shapes]
         received = source.new_empty(sum(counts))
         return self._begin(
@@ -282,7 +268,7 @@ class Communicator:
         """
         if self.size == 1:
             return Pending.completed(tensor if owned else tensor.clone())
-        dtype = self._sum_dtype(tensor.dtype)
+        dtype = self.sum_dtype(tensor.dtype)
         if owned and tensor.is_contiguous() and dtype == tensor.dtype:
             buffer = tensor
         else:
@@ -395,36 +381,9 @@ class Communicator:
             raise diagnose(error, Call("new_group", "subgroup", current_phase(), 0), global_ranks) from error
         return communicator(group)
 
-    def _check_sizes(self, sizes: Sequence[int] | None, equal: int) -> tuple[int, ...]:
-        sizes = (equal,) * self.size if sizes is None else tuple(sizes)
-        if len(sizes) != self.size:
-            raise ValueError(f"got sizes of {len(sizes)} ranks for a group of {self.size}")
-        return sizes
-
-
-def _dimension(dimension: int, tensor: Tensor) -> int:
-    """A dimension counted from the front.
-
-    Raises:
-        IndexError: if the tensor has no such dimension.
-    """
-    if not -tensor.dim() <= dimension < tensor.dim():
-        raise IndexError(f"a tensor of shape {list(tensor.shape)} has no dimension {dimension}")
-    return dimension % tensor.dim()
-
 
 def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
-
-
-def _pad(tensor: Tensor, dimension: int, size: int) -> Tensor:
-    """``tensor`` extended with arbitrary values to ``size`` along ``dimension``."""
-    missing = size - tensor.shape[dimension]
-    if missing == 0:
-        return tensor
-    shape = list(tensor.shape)
-    shape[dimension] = missing
-    return torch.cat([tensor, tensor.new_zeros(shape)], dimension)
 
 
 # torch keeps one registry of process groups per process; this is the same one with what colrow adds

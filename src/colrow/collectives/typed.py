@@ -41,6 +41,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from colrow.collectives import compiled
 from colrow.collectives.communicator import Communicator
 from colrow.collectives.pending import Pending
 
@@ -55,10 +56,12 @@ class Collective(ABC):
     Attributes:
         communicator: the ranks that take part.
         label: names the collective, and its adjoint, in errors and statistics.
+        is_local: it moves nothing forward; its result may share memory with the input.
     """
 
     communicator: Communicator
     label: str
+    is_local: ClassVar[bool] = False
 
     @property
     @abstractmethod
@@ -69,15 +72,20 @@ class Collective(ABC):
     def start(self, x: Tensor) -> Pending:
         """Begin on plain values; no autograd. Never writes into ``x``."""
 
+    def traced(self, x: Tensor) -> Tensor:
+        """The result on plain values, in operators that torch.compile can trace; no autograd."""
+        return self.start(x).wait()
+
     @abstractmethod
     def adjoint(self) -> Collective:
         """The collective that maps the gradient of the result to the gradient of the input."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Run on ``x``; differentiable any number of times."""
-        if x.requires_grad and torch.is_grad_enabled():
-            return _Apply.apply(x, self)
-        return self.start(x).wait()
+        """Run on ``x``; differentiable any number of times, under torch.compile once."""
+        is_differentiated = x.requires_grad and torch.is_grad_enabled()
+        if torch.compiler.is_compiling():
+            return _Traced.apply(x, self) if is_differentiated else self.traced(x)
+        return _Apply.apply(x, self) if is_differentiated else self.start(x).wait()
 
     def begin(self, x: Tensor) -> PendingResult:
         """Start on ``x`` and return at once; the result, differentiable too, comes from ``wait()``."""
@@ -109,13 +117,32 @@ class _Attach(torch.autograd.Function):
         return ctx.collective.adjoint()(gradient), None, None
 
 
+class _Traced(torch.autograd.Function):
+    """What torch.compile traces in place of :class:`_Apply`: both directions become part of its graphs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, collective: Collective) -> Tensor:
+        ctx.collective = collective
+        result = collective.traced(x)
+        # a view of x would lose its gradient formula where a graph returns both (a fault of AOTAutograd)
+        return result.clone() if collective.is_local or collective.communicator.size == 1 else result
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return ctx.collective.adjoint().traced(gradient), None
+
+
 class PendingResult:
     """A differentiable collective under way, from :meth:`Collective.begin`."""
 
     def __init__(self, collective: Collective, x: Tensor) -> None:
         self._collective = collective
         self._input = x
-        self._pending = collective.start(x.detach())
+        if torch.compiler.is_compiling():  # what overlaps with what is the compiler's choice
+            self._input = x.detach()
+            self._pending = Pending.completed(collective(x))
+        else:
+            self._pending = collective.start(x.detach())
 
     def wait(self) -> Tensor:
         """The result, with its place in the autograd graph.
@@ -133,6 +160,7 @@ class PendingResult:
 class Enter(Collective):
     """I → R: the identity; its adjoint sums the partial gradients. Entry of a region."""
 
+    is_local: ClassVar[bool] = True
     types: ClassVar[tuple[str, str]] = ("I", "R")
 
     def start(self, x: Tensor) -> Pending:
@@ -155,6 +183,9 @@ class AllReduce(Collective):
     def start(self, x: Tensor) -> Pending:
         return self.communicator.start_all_reduce(x, label=self.label)
 
+    def traced(self, x: Tensor) -> Tensor:
+        return compiled.all_reduce(self.communicator, x)
+
     def adjoint(self) -> Collective:
         return self if self.dst == "R" else Enter(self.communicator, self.label)
 
@@ -174,6 +205,9 @@ class AllGather(Collective):
     def start(self, x: Tensor) -> Pending:
         return self.communicator.start_all_gather(x, self.dimension, self.sizes, label=self.label)
 
+    def traced(self, x: Tensor) -> Tensor:
+        return compiled.all_gather(self.communicator, x, self.dimension, self.sizes)
+
     def adjoint(self) -> Collective:
         if self.dst == "R":
             return ReduceScatter(self.communicator, self.label, self.dimension, self.sizes)
@@ -191,6 +225,9 @@ class ReduceScatter(Collective):
     def start(self, x: Tensor) -> Pending:
         return self.communicator.start_reduce_scatter(x, self.dimension, self.sizes, label=self.label)
 
+    def traced(self, x: Tensor) -> Tensor:
+        return compiled.reduce_scatter(self.communicator, x, self.dimension, self.sizes)
+
     def adjoint(self) -> Collective:
         return AllGather(self.communicator, self.label, self.dimension, self.sizes, "R")
 
@@ -199,6 +236,7 @@ class ReduceScatter(Collective):
 class Slice(Collective):
     """R → V or I → V: this rank's part of a value that all hold; moves nothing forward."""
 
+    is_local: ClassVar[bool] = True
     dimension: int
     sizes: Sizes = None
     src: Literal["I", "R"] = "R"
@@ -221,6 +259,7 @@ class Slice(Collective):
 class Pad(Collective):
     """V → P: this rank's part in its place, zeros elsewhere; moves nothing forward."""
 
+    is_local: ClassVar[bool] = True
     dimension: int
     sizes: Sizes = None
     types: ClassVar[tuple[str, str]] = ("V", "P")
@@ -242,6 +281,7 @@ class Pad(Collective):
 class FirstRankOnly(Collective):
     """R → P or I → P: the value on the group's first rank, zeros on the others. A bias added once."""
 
+    is_local: ClassVar[bool] = True
     src: Literal["I", "R"] = "R"
 
     @property
@@ -259,6 +299,7 @@ class FirstRankOnly(Collective):
 class Assume(Collective):
     """R → I: the identity; of the gradient, equal on all ranks, one rank's counts."""
 
+    is_local: ClassVar[bool] = True
     types: ClassVar[tuple[str, str]] = ("R", "I")
 
     def start(self, x: Tensor) -> Pending:
@@ -286,6 +327,16 @@ class AllToAll(Collective):
             self.concat_dimension,
             self.concat_sizes,
             label=self.label,
+        )
+
+    def traced(self, x: Tensor) -> Tensor:
+        return compiled.all_to_all(
+            self.communicator,
+            x,
+            self.split_dimension,
+            self.split_sizes,
+            self.concat_dimension,
+            self.concat_sizes,
         )
 
     def adjoint(self) -> Collective:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from colrow.collectives import Communicator, Enter, Group, communicator
+from colrow.collectives import AllReduce, Communicator, Enter, Group, communicator
 from colrow.errors import PlanError
 from colrow.layers.shards import axis_layout, shard_parameter
 from colrow.layout import Cut, DimensionLayout, TensorLayout
@@ -19,8 +19,13 @@ def check_range(ids: Tensor, size: int, what: str) -> None:
     """Every id must lie in [0, size): on one rank alone a wrong id would look like another rank's.
 
     Raises:
-        IndexError: at once on the CPU; on a GPU as a device-side assertion, without synchronising.
+        IndexError: at once on the CPU; on a GPU as a device-side assertion, without synchronising. A compiled
+            graph asserts too: a ``RuntimeError`` on the CPU.
     """
+    if torch.compiler.is_compiling():
+        # of no ids, too; their minimum would be an error
+        torch._assert_async(((ids >= 0) & (ids < size)).all(), f"{what} must be in [0, {size})")
+        return
     if not ids.numel():
         return
     low, high = torch.aminmax(ids)
@@ -149,22 +154,33 @@ class VocabParallelEmbedding(nn.Embedding):
             raise RuntimeError(f"{self.label} is cut: initialise a table before it is made parallel")
         super().reset_parameters()
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, ids: Tensor) -> Tensor:
         """``ids`` [...], integers, equal on all ranks -> [..., embedding_dim], I.
 
         Raises:
-            IndexError: if an id is not in [0, vocabulary).
+            IndexError: if an id is not in [0, vocabulary); ``RuntimeError`` under torch.compile.
         """
         check_range(ids, self.vocabulary, f"the ids given to {self.label}")
         missing = (ids < self._start) | (ids >= self._stop)
         local_ids = torch.where(missing, 0, ids - self._start)
-        without_gradient = missing if self.padding_idx is None else missing | (ids == self.padding_idx)
         label = f"lookup {self.label}"
+        if torch.compiler.is_compiling():
+            return AllReduce(self.communicator, label)(self._traced_rows(local_ids, missing))
+        without_gradient = missing if self.padding_idx is None else missing | (ids == self.padding_idx)
         rows: Tensor = _Lookup.apply(
             self.weight, local_ids, missing, without_gradient, self.communicator, label
         )
         return rows
+
+    def _traced_rows(self, local_ids: Tensor, missing: Tensor) -> Tensor:
+        """Rows that this rank holds, zeros for the others, in operators that torch.compile can trace."""
+        if not self.num_embeddings:
+            # the sum of no numbers: zero, with a gradient that is as empty as the table
+            return self.weight.new_zeros((*local_ids.shape, self.embedding_dim)) + self.weight.sum()
+        padding = None if self.padding_idx is None else self.padding_idx - self._start
+        if padding is not None and not 0 <= padding < self.num_embeddings:
+            padding = None  # another rank's
+        return F.embedding(local_ids, self.weight, padding).masked_fill(missing.unsqueeze(-1), 0)
 
     def extra_repr(self) -> str:
         position = f"rank {self.communicator.rank} of {self.communicator.size}"

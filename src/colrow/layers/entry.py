@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from colrow.collectives import Communicator, Enter
+from colrow.tracer import comptime, note_version, refuse_other_version, traced_graph
 
 
 class SharedEntry:
@@ -43,9 +44,16 @@ class SharedEntry:
         """The entered ``value``; no autograd node unless a gradient will come back."""
         if not (value.requires_grad and torch.is_grad_enabled()):
             return value
-        if self._value is not value or self._version != value._version:
-            self._value, self._version, self._reads = value, value._version, 0
+        # a traced tensor has no version: what is remembered counts within one graph
+        is_traced = torch.compiler.is_dynamo_compiling()
+        version = traced_graph() if is_traced else value._version
+        if self._value is not value or self._version != version:
+            self._value, self._version, self._reads = value, version, 0
             self._entered = self._enter(value)
+            if is_traced:
+                comptime(note_version)
+        elif is_traced:
+            comptime(refuse_other_version)
         self._reads += 1
         entered = self._entered
         assert entered is not None

@@ -206,13 +206,15 @@ class ColumnParallel(_ParallelLinear):
         """From this layer's output on, random numbers differ by rank, until the region ``name`` ends."""
         self.region, self._region_name = region, name
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, x: Tensor) -> Tensor:
         """``x`` [..., in features], I (or R) -> [..., this rank's out features], V, or all of them, I."""
         if self.entry is not None:
             x = self.entry(x)
         if self.entry is not None or self.reads == "R":
             y = _product(x, *self._operands, self._out_first)
+        elif torch.compiler.is_compiling():  # which does the overlap itself, and autocast in the product
+            entered = Enter(self.communicator, f"enter {self.label}")(x)
+            y = _product(entered, *self._operands, self._out_first)
         else:
             operands = _autocast(x, *self._operands)
             y = _ColumnLinear.apply(*operands, self.communicator, f"enter {self.label}", self._out_first)
@@ -246,15 +248,19 @@ class RowParallel(_ParallelLinear):
         """From this layer's output on, random numbers agree on all ranks."""
         self.region, self._region_name = region, name
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, x: Tensor) -> Tensor:
         """``x`` [..., this rank's in features], V (or all of them, I) -> [..., out features], I."""
         if self.region is not None:
             self.region.leave(self._region_name)
         if self.reads == "I":
             x = Slice(self.communicator, f"slice {self.label}", x.dim() - 1, self.sizes, "I")(x)
+        label = f"exit {self.label}"
+        if torch.compiler.is_compiling():
+            weight, bias = self._operands
+            total = AllReduce(self.communicator, label)(_product(x, weight, None, self._out_first))
+            return total if bias is None else total + bias.to(total.dtype)
         operands = _autocast(x, *self._operands)
-        result: Tensor = _RowLinear.apply(*operands, self.communicator, f"exit {self.label}", self._out_first)
+        result: Tensor = _RowLinear.apply(*operands, self.communicator, label, self._out_first)
         return result
 
 
