@@ -24,6 +24,13 @@ def embedding(draw: Draw, function: Any) -> Case:
     return Case(function, [draw.tensor(rows, width), index], free=2 + index.dim(), special=rows_cut)
 
 
+@case("aten._embedding_bag", "aten._embedding_bag_forward_only")
+def embedding_bag(draw: Draw, function: Any) -> Case:
+    rows, mode = draw.size(3, 5), draw.choice(0, 1, 2)
+    arguments = [draw.integers(rows, 5), torch.tensor([0, 2]), False, mode]
+    return Case(function, [draw.tensor(rows, draw.size()), *arguments], free=1)
+
+
 @case("aten.index_select")
 def index_select(draw: Draw, function: Any) -> Case:
     rows, width = draw.size(3, 5), draw.size()

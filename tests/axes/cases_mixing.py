@@ -142,7 +142,9 @@ SPATIAL: dict[str, list[Any]] = {
     "upsample_nearest1d": [[6]],
     "upsample_nearest2d": [[6, 6]],
     "upsample_nearest3d": [[6, 6, 6]],
+    "_upsample_nearest_exact1d": [[6]],
     "_upsample_nearest_exact2d": [[6, 6]],
+    "_upsample_nearest_exact3d": [[6, 6, 6]],
     "upsample_linear1d": [[6], False],
     "upsample_bilinear2d": [[6, 6], False],
     "_upsample_bilinear2d_aa": [[6, 6], False],
@@ -151,8 +153,10 @@ SPATIAL: dict[str, list[Any]] = {
     "upsample_trilinear3d": [[6, 6, 6], False],
     "reflection_pad1d": [[1, 1]],
     "reflection_pad2d": [[1, 1, 1, 1]],
+    "reflection_pad3d": [[1, 1, 1, 1, 1, 1]],
     "replication_pad1d": [[1, 1]],
     "replication_pad2d": [[1, 1, 1, 1]],
+    "replication_pad3d": [[1, 1, 1, 1, 1, 1]],
     "max_pool1d_with_indices": [[2]],
     "max_pool2d_with_indices": [[2, 2]],
     "max_pool3d_with_indices": [[2, 2, 2]],
@@ -201,11 +205,18 @@ def im2col(draw: Draw, function: Any) -> Case:
     return Case(function, [value, [2, 2], [1, 1], [0, 0], [2, 2]], free=2)
 
 
-@case("aten.grid_sampler_2d")
+@case("aten.col2im")
+def col2im(draw: Draw, function: Any) -> Case:
+    value = draw.tensor(draw.size(), 4 * draw.size(), 4)
+    return Case(function, [value, [4, 4], [2, 2], [1, 1], [0, 0], [2, 2]], free=2)
+
+
+@case("aten.grid_sampler_2d", "aten.grid_sampler_3d")
 def grid_sampler(draw: Draw, function: Any) -> Case:
-    batch = draw.size()
-    grid = draw.tensor(batch, draw.size(), draw.size(), 2)
-    return Case(function, [draw.tensor(batch, draw.size(), 4, 4), grid, 0, 0, False], free=4)
+    batch, places = draw.size(), int(function._schema.name[-2])
+    grid = draw.tensor(batch, *(draw.size() for _ in range(places)), places)
+    value = draw.tensor(batch, draw.size(), *[4] * places)
+    return Case(function, [value, grid, 0, 0, False], free=2 + places)
 
 
 @case("aten.linalg_cross")

@@ -142,7 +142,8 @@ def created_like(draw: Draw, function: Any) -> Case:
 
 
 @case("aten.arange", "aten.eye", "aten.linspace", "aten.logspace", "aten.tril_indices", "aten.triu_indices")
-@case("aten.randperm")
+@case("aten.randperm", "aten.hann_window", "aten.hamming_window", "aten.blackman_window")
+@case("aten.bartlett_window", "aten.kaiser_window")
 def iota(draw: Draw, function: Any) -> Case:
     name = function._schema.name.removeprefix("aten::")
     arguments = {"linspace": [0, 1, 4], "logspace": [0, 1, 4], "tril_indices": [3, 3], "triu_indices": [3, 3]}

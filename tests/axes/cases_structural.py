@@ -195,6 +195,13 @@ def diagonal(draw: Draw, function: Any) -> Case:
     return Case(function, [draw.tensor(3, draw.size(), 3), 0, 0, 2], free=1)
 
 
+@case("aten.diag_embed")
+def diag_embed(draw: Draw, function: Any) -> Case:
+    shape = draw.sizes(1, 3)
+    given = draw.choice([], [1], [0, 0, -1])
+    return Case(function, [draw.tensor(*shape), *given], free=len(shape) - 1)
+
+
 @case("aten.as_strided", "aten.as_strided_copy")
 def as_strided(draw: Draw, function: Any) -> Case:
     return Case(function, [draw.tensor(3, 4), [4, 3], [1, 4]])

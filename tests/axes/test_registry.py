@@ -23,6 +23,14 @@ def test_an_operator_without_rule_is_blocked_and_reported() -> None:
     assert "no rule for aten.erfinv (1 times)" in str(axes)
 
 
+@pytest.mark.parametrize("name", ["abs_", "gelu_", "mish_", "xlogy_", "relu_", "mul_", "squeeze_"])
+def test_in_place_variants_have_the_rule_of_the_original(name: str) -> None:
+    packets = (getattr(torch.ops.aten, each) for each in (name, name.rstrip("_")))
+    rules = [default_registry().find(getattr(packet, packet.overloads()[0])) for packet in packets]
+    assert rules[0] is not None
+    assert rules[0].function is rules[1].function
+
+
 def test_a_users_rule_overrides_and_leaves_the_default_alone() -> None:
     @rule("aten.flip", linear=["self"])
     def flip(op: RuleContext) -> None:

@@ -11,6 +11,7 @@ from colrow.axes import default_registry
 from tests.axes import (  # noqa: F401
     cases_contraction,
     cases_indexing,
+    cases_linear_algebra,
     cases_mixing,
     cases_pointwise,
     cases_structural,

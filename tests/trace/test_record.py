@@ -380,3 +380,37 @@ def test_printed() -> None:
     assert f"[models.py:{line_of('k = k.view')}]" in text
     assert "3:blocks.0.attention.heads" in text
     assert "escape: float() of " in text
+
+
+def test_shapes_changed_in_place_are_new_values() -> None:
+    def function(self: Function, x: Tensor) -> Tensor:
+        y = x * self.weight[0]
+        y.unsqueeze_(1).transpose_(0, 2)
+        known = torch.arange(4)
+        known.unsqueeze_(1)
+        return y + known[:, :, None]
+
+    record = trace(Function(function), (torch.ones(3, 4),))
+    (product,) = (operation for operation in record.operations if operation.name == "aten.mul")
+    (value,) = product.outputs
+    reshaped = [operation for operation in record.operations if operation.name.endswith("_")]
+    assert [operation.outputs[0].shape for operation in reshaped] == [(3, 1, 4), (4, 1, 3), (4, 1)]
+    assert reshaped[1].inputs == reshaped[0].outputs
+    assert value.shape == (3, 4)
+    assert {operation.outputs[0].storage for operation in reshaped[:2]} == {value.storage}
+    assert reshaped[2].outputs[0].content is not None
+    assert reshaped[2].outputs[0].content.shape == (4, 1)
+    assert record.outputs[0][1].shape == (4, 1, 3)
+
+
+def test_functions_of_single_elements_are_recorded_on_all_at_once() -> None:
+    def function(self: Function, x: Tensor) -> Tensor:
+        mask = torch.vmap(
+            lambda q: torch.vmap(lambda k: (q >= k) & q.new_ones((), dtype=torch.bool))(columns)
+        )
+        columns = torch.arange(4)
+        return x @ self.weight.masked_fill(~mask(torch.arange(4)), 0)
+
+    record = trace(Function(function), (torch.ones(3, 4),))
+    (compared,) = (operation for operation in record.operations if operation.name == "aten.ge")
+    assert compared.outputs[0].shape == (4, 4)

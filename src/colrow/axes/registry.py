@@ -108,7 +108,7 @@ class Registry:
         name = function._schema.name.replace("::", ".").rstrip("_")
         overload = function._schema.overload_name or "default"
         found = self._rules.get(f"{name}.{overload}") or self._rules.get(name)
-        if found is None and torch.Tag.pointwise in function.tags:
+        if found is None and _is_pointwise(function):
             return self._pointwise
         return found
 
@@ -137,6 +137,14 @@ class Registry:
     def _rules_once(self) -> Iterator[Rule]:
         for name, known in self._rules.items():
             yield Rule((name,), known.function, known.linear, known.addends, known.random)
+
+
+def _is_pointwise(function: torch._ops.OpOverload) -> bool:
+    """Whether PyTorch says so of the operator, or of the one that it is the in-place variant of."""
+    namespace, _, name = function._schema.name.partition("::")
+    packet = getattr(getattr(torch.ops, namespace), name.rstrip("_"), None)
+    original = getattr(packet, function._overloadname, None) if name.endswith("_") else None
+    return any(torch.Tag.pointwise in variant.tags for variant in (function, original) if variant is not None)
 
 
 def rules_of(module: ModuleType) -> list[Rule]:

@@ -24,6 +24,11 @@ _POSITIONS = ("aten::arange", "aten::linspace", "aten::range", "aten::logspace")
 """Operators whose numbers are extents of their result."""
 
 
+def _is_vectorised() -> bool:
+    """Whether ``torch.vmap`` or another transform runs: its tensors stand for several, its operators do not."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def opened(function: Callable[..., Any]) -> Callable[..., Any] | None:
     """The body of a torch function whose own calls need to be seen one by one; None for all others.
 
@@ -50,7 +55,7 @@ class FunctionMode(TorchFunctionMode):
     ) -> Any:
         keywords = kwargs or {}
         recorder = self.recorder
-        if recorder.paused or recorder.call is not None:
+        if recorder.paused or recorder.call is not None or _is_vectorised():
             return function(*args, **keywords)
         name = getattr(function, "__name__", "")
         if name in ("__get__", "size", "numel", "nelement"):

@@ -56,6 +56,12 @@ class OperatorMode(TorchDispatchMode):
     ) -> Any:
         contents = {id(tensor): value.content for tensor, value in zip(given, inputs, strict=True)}
         written = content.written(function, arguments, keywords)
+        if _reshapes(function):
+            # what stood for the tensor goes on to stand for what it was
+            contents = {key: known if known is None else known.clone() for key, known in contents.items()}
+            for tensor in written:
+                if self.recorder.table.twin(tensor) is not tensor:
+                    function(*arguments, **keywords)
         real: Any = None
         if content.reads_data(function) and function not in _INDEXING:
             real = content.compute(function, arguments, keywords, contents)
@@ -164,7 +170,7 @@ class OperatorMode(TorchDispatchMode):
         outputs: list[Value] = []
         for tensor, known in zip(results, contents, strict=True):
             value = table.find(tensor)
-            if value is None:
+            if value is None or _reshapes(function):
                 value = table.add(tensor, Source("result"), known)
                 fresh.append(value)
             outputs.append(value)
@@ -188,6 +194,11 @@ class OperatorMode(TorchDispatchMode):
         for value in inputs:
             value.uses.append(operation)
         recorder.gradients.follow(inputs, operation.outputs)
+
+
+def _reshapes(function: torch._ops.OpOverload) -> bool:
+    """Whether the operator gives a tensor another shape in place, as ``squeeze_`` does."""
+    return torch.Tag.inplace_view in function.tags
 
 
 def _grouped_mm(

@@ -6,7 +6,19 @@ from colrow.axes.context import RuleContext
 from colrow.axes.registry import rule
 
 
-@rule("aten.arange", "aten.linspace", "aten.logspace", "aten.eye", "aten.tril_indices", "aten.triu_indices")
+@rule(
+    "aten.arange",
+    "aten.linspace",
+    "aten.logspace",
+    "aten.eye",
+    "aten.tril_indices",
+    "aten.triu_indices",
+    "aten.hann_window",
+    "aten.hamming_window",
+    "aten.blackman_window",
+    "aten.bartlett_window",
+    "aten.kaiser_window",
+)
 def iota(op: RuleContext) -> None:
     """The content depends on the index: a rank's part is not what the operator gives for the local size."""
     dimensions = op.atoms(op.outputs[0].shape)

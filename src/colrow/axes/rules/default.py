@@ -9,6 +9,7 @@ from colrow.axes.rules import (
     convolution,
     creation,
     indexing,
+    linear_algebra,
     loss,
     mixing,
     normalization,
@@ -31,6 +32,7 @@ def default_registry() -> Registry:
         mixing,
         normalization,
         spatial,
+        linear_algebra,
         loss,
     )
     return Registry([rule for family in families for rule in rules_of(family)], pointwise.pointwise)

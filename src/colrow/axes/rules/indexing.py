@@ -19,6 +19,20 @@ def embedding(op: RuleContext) -> None:
     op.set_output([*op.dimensions("indices"), features])
 
 
+@rule("aten._embedding_bag", "aten._embedding_bag_forward_only")
+def embedding_bag(op: RuleContext) -> None:
+    """Rows ``[rows, features]`` looked up and put together bag by bag, ``[bags, features]``."""
+    for value in op.inputs[1:]:
+        op.block_dimensions(value, range(len(value.shape)), "bags that are read as a whole")
+    rows, features = op.dimensions("weight")
+    op.block(rows, "looked up in bags")
+    for output, result in enumerate(op.outputs):
+        dimensions = [op.blocked_atom(size, "bags") for size in result.shape]
+        if len(dimensions) == 2:  # the bags, and for maxima which row each is from
+            dimensions[1] = features
+        op.set_output(dimensions, output)
+
+
 @rule("aten.index_select", linear=["self"])
 def index_select(op: RuleContext) -> None:
     dimensions = list(op.dimensions("self"))

@@ -17,7 +17,9 @@ from colrow.axes.registry import rule
     "aten.upsample_nearest1d",
     "aten.upsample_nearest2d",
     "aten.upsample_nearest3d",
+    "aten._upsample_nearest_exact1d",
     "aten._upsample_nearest_exact2d",
+    "aten._upsample_nearest_exact3d",
     "aten.upsample_linear1d",
     "aten.upsample_bilinear2d",
     "aten._upsample_bilinear2d_aa",
@@ -26,8 +28,10 @@ from colrow.axes.registry import rule
     "aten.upsample_trilinear3d",
     "aten.reflection_pad1d",
     "aten.reflection_pad2d",
+    "aten.reflection_pad3d",
     "aten.replication_pad1d",
     "aten.replication_pad2d",
+    "aten.replication_pad3d",
     linear=["self", "input"],
 )
 def resampled(op: RuleContext) -> None:
@@ -72,14 +76,30 @@ def im2col(op: RuleContext) -> None:
     op.set_output([value[0], features, op.blocked_atom(op.outputs[0].shape[2], text)])
 
 
-@rule("aten.grid_sampler_2d", linear=["input"])
+@rule("aten.col2im", linear=["self"])
+def col2im(op: RuleContext) -> None:
+    """``[batch, channels x kernel, windows]`` to ``[batch, channels, height, width]``, overlaps added."""
+    value, shape = op.dimensions("self"), op.outputs[0].shape
+    text = "windows put together"
+    parts = None
+    if len(value) == 3:
+        parts = op.split(value[1], [shape[1], value[1].size // shape[1]], text)
+    if parts is None:
+        op.block_all(text)
+        return
+    for factor in (parts[1], value[2]):
+        op.block(factor, text)
+    op.set_output([value[0], parts[0], *(op.blocked_atom(size, text) for size in shape[2:])])
+
+
+@rule("aten.grid_sampler_2d", "aten.grid_sampler_3d", linear=["input"])
 def grid_sampler(op: RuleContext) -> None:
     """``input [batch, channels, height, width]`` read at ``grid [batch, rows, columns, 2]``."""
     value, grid = op.dimensions("input"), op.dimensions("grid")
     op.unify(value[0], grid[0])
-    for factor in (*value[2:], grid[3]):
+    for factor in (*value[2:], grid[-1]):
         op.block(factor, "sampled at positions")
-    op.set_output([*value[:2], *grid[1:3]])
+    op.set_output([*value[:2], *grid[1:-1]])
 
 
 @rule("aten.pixel_shuffle", linear=["self"])

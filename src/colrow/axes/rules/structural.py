@@ -275,6 +275,21 @@ def diagonal(op: RuleContext) -> None:
 _DIAGONAL = (("dim1", 0), ("dim2", 1))
 
 
+@rule("aten.diag_embed", linear=["self"])
+def diag_embed(op: RuleContext) -> None:
+    """The last dimension becomes the diagonal of two."""
+    *batch, last = op.dimensions("self")
+    op.block(last, "put on a diagonal")
+    shape = op.outputs[0].shape
+    both = sorted(positive(op.argument(name, default), len(shape)) for name, default in _EMBEDDED)
+    for dimension in both:
+        batch.insert(dimension, op.blocked_atom(shape[dimension], "a diagonal"))
+    op.set_output(batch)
+
+
+_EMBEDDED = (("dim1", -2), ("dim2", -1))
+
+
 @rule("aten.as_strided", "aten.as_strided_copy", linear=["self"])
 def as_strided(op: RuleContext) -> None:
     op.block_all("addressed by strides")
