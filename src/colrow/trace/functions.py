@@ -25,7 +25,7 @@ _POSITIONS = ("aten::arange", "aten::linspace", "aten::range", "aten::logspace")
 
 
 def _is_vectorised() -> bool:
-    """Whether ``torch.vmap`` or another transform runs: its tensors stand for several, its operators do not."""
+    """Whether ``torch.vmap`` or another transform runs, whose tensors stand for one of many."""
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 

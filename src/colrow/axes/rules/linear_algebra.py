@@ -1,4 +1,4 @@
-"""Decompositions, inverses and systems of equations: matrices are taken as a whole, batches of them are kept."""
+"""Decompositions, inverses, systems of equations: matrices are taken as a whole, batches of them are kept."""
 
 from __future__ import annotations
 
