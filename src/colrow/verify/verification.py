@@ -1,0 +1,308 @@
+"""The proof itself: one comparison after the other, and the search for the cause of the first difference."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from colrow.parameters import clip_grad_norm_
+from colrow.replicas import check_replicas
+from colrow.state import state_of
+from colrow.trace import Example
+from colrow.verify.compare import (
+    MISSING,
+    OUTPUT_FLOOR,
+    compare_collectives,
+    compare_kept,
+    compare_tensors,
+    local_parts,
+    without_numbers,
+)
+from colrow.verify.exchange import Exchange, RanksRaised
+from colrow.verify.inputs import other_sizes
+from colrow.verify.localise import Localiser
+from colrow.verify.measure import FLOOR
+from colrow.verify.record import recorded
+from colrow.verify.report import Check, Difference, merge
+from colrow.verify.run import Objective, Run, Runner, RunRaised
+
+MOMENTUM, WEIGHT_DECAY = 0.9, 0.1
+STEP = 1e-3
+"""Length of a step relative to the length of the vector of all parameters."""
+
+
+class OriginalRaised(ValueError):
+    """The original model raised, so that there is nothing to compare with."""
+
+
+class Stopped(Exception):
+    """The parallelized model raised: nothing more can be compared."""
+
+
+class Verification:
+    """Compares two models, on every rank alike, and collects what it finds.
+
+    Args:
+        original, model: the whole model, and the same model parallelized.
+        runner: runs them.
+        tolerance: of errors relative to the largest magnitude.
+
+    Attributes:
+        checks: everything that was compared.
+        notes: what was not, and why.
+        difference: where the models first part.
+    """
+
+    def __init__(self, original: nn.Module, model: nn.Module, runner: Runner, tolerance: float) -> None:
+        self._original, self._model = original, model
+        self._runner, self._tolerance = runner, tolerance
+        self._exchange: Exchange = runner.exchange
+        self._differentiable: dict[int, bool] = {}
+        self.checks: list[Check] = []
+        self.notes: list[str] = []
+        self.difference: Difference | None = None
+
+    def everything(self, examples: Mapping[str, Example], steps: int, *, with_bytes: bool) -> None:
+        """All comparisons, unless the parallelized model raises.
+
+        Args:
+            examples: by mode.
+            steps: of the optimizer.
+            with_bytes: compare predicted bytes of collectives as well: the plan was made for these examples.
+
+        Raises:
+            OriginalRaised: if the original model cannot be run.
+        """
+        try:
+            for mode, example in examples.items():
+                run = self.compare(mode, mode, example, "outputs")
+                if run.outputs.loss is not None:
+                    run = self.compare(f"{mode}, loss alone", mode, example, "loss")
+                self._collectives(mode, run, with_bytes=with_bytes)
+                self._other_size(mode, example)
+            mode = "training" if "training" in examples else next(iter(examples))
+            self._steps(mode, examples[mode], steps)
+        except Stopped:
+            pass
+
+    def compare(self, stage: str, mode: str, example: Example, objective: Objective) -> Run:
+        """One forward and backward of both models: outputs and gradients.
+
+        Returns:
+            What the parallelized model gave.
+
+        Raises:
+            Stopped: if it raised.
+            OriginalRaised: if the original did.
+        """
+        for one in (self._original, self._model):
+            one.train(mode == "training")
+        try:
+            expected = self._run_original(example, objective)
+        except RunRaised as failed:
+            raise OriginalRaised(
+                f"the original model raised, {stage}, {failed.direction}: {failed}"
+            ) from failed
+        try:
+            found = self._run_model(example, objective)
+        except RunRaised as failed:
+            self._add([Check(stage, "errors", "the parallelized model raised", MISSING, 0.0, str(failed))])
+            self.difference = self.difference or self._raised(stage, failed)
+            raise Stopped from failed
+        differing = self._compare_runs(stage, found, expected, everything=objective == "outputs")
+        if differing and self.difference is None:
+            self.difference = self._locate(stage, example, objective, differing)
+        return found
+
+    # runs
+
+    def _run_original(self, example: Example, objective: Objective) -> Run:
+        """Inputs want gradients, as they do where a model is a part of another, unless it changes them."""
+        if self._differentiable.get(id(example), True):
+            try:
+                run = self._runner.run(self._original, example, objective, differentiable=True)
+                self._differentiable[id(example)] = True
+                return run
+            except RunRaised:
+                self._differentiable[id(example)] = False
+        return self._runner.run(self._original, example, objective, differentiable=False)
+
+    def _run_model(self, example: Example, objective: Objective) -> Run:
+        differentiable = self._differentiable[id(example)]
+        return self._runner.run(self._model, example, objective, differentiable=differentiable)
+
+    def _compare_runs(self, stage: str, found: Run, expected: Run, *, everything: bool) -> list[Check]:
+        """The checks that failed."""
+        tolerance = self._tolerance
+        outputs, whole = dict(found.outputs.values), dict(expected.outputs.values)
+        if not everything:  # logits are not gathered
+            outputs, whole = ({k: one[k] for k in one if k == "loss"} or one for one in (outputs, whole))
+        checks = compare_tensors(stage, "outputs", outputs, whole, tolerance, OUTPUT_FLOOR)
+        parts = local_parts(self._model, expected.gradients)
+        checks += compare_tensors(
+            stage, "gradients", found.gradients, parts, tolerance, FLOOR, expected.gradients
+        )
+        merged = merge(self._exchange.gather(checks))
+        if everything:
+            merged += compare_kept(stage, found.outputs, expected.outputs, tolerance, self._exchange)
+        empty = without_numbers(whole) + without_numbers(expected.gradients)
+        if empty:
+            self.notes.append(
+                f"{stage}: the original's {', '.join(empty[:4])} are no numbers, which proves little"
+            )
+        return self._add(merged)
+
+    def _add(self, checks: Sequence[Check]) -> list[Check]:
+        self.checks += checks
+        return [check for check in checks if not check.passed]
+
+    # stages
+
+    def _collectives(self, mode: str, run: Run, *, with_bytes: bool) -> None:
+        prediction = state_of(self._model).plan.prediction
+        if prediction is None:
+            note = "the plan predicts no collectives: they were not compared with those counted"
+            self.notes += [] if note in self.notes else [note]
+            return
+        rank = state_of(self._model).communicator.rank
+        checks = compare_collectives(mode, mode, prediction, run.counted, rank, with_bytes=with_bytes)
+        self._add(merge(self._exchange.gather(checks)))
+
+    def _other_size(self, mode: str, example: Example) -> None:
+        refused = []
+        for description, resized in other_sizes(example):
+            try:
+                self.compare(f"{mode}, {description}", mode, resized, "outputs")
+                return
+            except OriginalRaised as error:
+                refused.append(str(error))
+        reason = refused[0] if refused else "there is no tensor with a batch dimension among its inputs"
+        self.notes.append(f"{mode}: no second size was compared: {reason}")
+
+    def _steps(self, mode: str, example: Example, steps: int) -> None:
+        """Optimizer steps, and what they have made of the parameters.
+
+        The optimizer is linear in the gradients (SGD with momentum and weight decay), so that an error of the
+        parameters is an error of what was computed. Adam would divide by the gradients' own size, and blow up
+        rounding where they are zero.
+        """
+        parameters = [one for one in self._original.parameters() if one.requires_grad]
+        if not steps or not parameters:
+            self.notes += ["no optimizer steps were compared: no parameter wants a gradient"] if steps else []
+            return
+        before = {name: one.detach().clone() for name, one in self._original.named_parameters()}
+        local = {name: one.detach().clone() for name, one in self._model.named_parameters()}
+        length = float(torch.sqrt(sum((one.detach() ** 2).sum() for one in parameters)))  # type: ignore[arg-type]
+        optimizers: list[torch.optim.Optimizer] = []
+        for step in range(steps):
+            stage = f"step {step + 1}"
+            self.compare(stage, mode, example, "loss")
+            if not optimizers:
+                # clipping has to act, and a step to be neither lost in rounding nor to blow the model up
+                norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+                limit = 0.5 * float(norm) if 0 < float(norm) < math.inf else 1.0
+                rate = STEP * length / limit
+                optimizers = [
+                    torch.optim.SGD(one.parameters(), rate, MOMENTUM, weight_decay=WEIGHT_DECAY)
+                    for one in (self._original, self._model)
+                ]
+            self._clip(stage, limit)
+            for optimizer in optimizers:
+                optimizer.step()
+        stage = f"after {steps} steps"
+        changes = {name: one.detach() - before[name] for name, one in self._original.named_parameters()}
+        found = {name: one.detach() - local[name] for name, one in self._model.named_parameters()}
+        self._compare_states(stage, "changes of parameters", found, changes)
+        self._compare_states(stage, "buffers", _buffers(self._model), _buffers(self._original))
+        self._replicas(stage)
+
+    def _clip(self, stage: str, limit: float) -> None:
+        expected = torch.nn.utils.clip_grad_norm_(self._original.parameters(), limit)
+        try:
+            found = self._exchange.together(lambda: clip_grad_norm_(self._model, limit), self._model)
+        except RanksRaised as raised:
+            self._add([Check(stage, "errors", "colrow.clip_grad_norm_ raised", MISSING, 0.0, str(raised))])
+            raise Stopped from raised
+        checks = compare_tensors(
+            stage, "norm", {"gradients": found}, {"gradients": expected}, self._tolerance, 0.0
+        )
+        self._update(stage, merge(self._exchange.gather(checks)))
+
+    def _compare_states(
+        self, stage: str, kind: str, found: Mapping[str, Tensor], whole: Mapping[str, Tensor]
+    ) -> None:
+        parts = local_parts(self._model, whole)
+        checks = compare_tensors(stage, kind, found, parts, self._tolerance, FLOOR, whole)
+        self._update(stage, merge(self._exchange.gather(checks)))
+
+    def _replicas(self, stage: str) -> None:
+        try:
+            self._exchange.together(lambda: check_replicas(self._model), self._model)
+            checks = [Check(stage, "replicas", "equal to the bit on all ranks", 0.0, 0.0)]
+        except RanksRaised as raised:
+            checks = [
+                Check(stage, "replicas", "equal to the bit on all ranks", MISSING, 0.0, raised.first.error)
+            ]
+        self._update(stage, checks)
+
+    def _update(self, stage: str, checks: Sequence[Check]) -> None:
+        """Add checks of what happens between a backward and the next forward."""
+        failed = self._add(checks)
+        if failed and self.difference is None:
+            first = failed[0]
+            path, _, parameter = first.name.rpartition(".")
+            is_known = path in dict(self._original.named_modules()) and bool(parameter)
+            kind = type(self._original.get_submodule(path)).__name__ if is_known else ""
+            detail = f"{first.kind}: {first.name}" + (f" ({first.note})" if first.note else "")
+            self.difference = Difference(
+                "update", path if is_known else "", kind, error=first.error, detail=detail, stage=stage
+            )
+
+    # causes
+
+    def _locate(
+        self, stage: str, example: Example, objective: Objective, failed: Sequence[Check]
+    ) -> Difference:
+        largest = max((one.error for one in failed if math.isfinite(one.error)), default=1.0)
+        try:
+            with recorded(self._original) as expected:
+                expected.parameters = self._run_original(example, objective).gradients
+            with recorded(self._model) as found:
+                found.parameters = self._run_model(example, objective).gradients
+        except RunRaised as raised:
+            return self._raised(stage, raised)
+        localiser = Localiser(expected, found, self._original, self._exchange, self._tolerance, largest)
+        gradients = [check.name for check in failed if check.kind == "gradients"]
+        difference = localiser.forward() if len(gradients) < len(failed) else None
+        difference = difference or localiser.backward(gradients) or localiser.forward()
+        if difference is None:
+            direction: Literal["forward", "backward"] = (
+                "backward" if len(gradients) == len(failed) else "forward"
+            )
+            detail = f"no value on the way differs; of the results {failed[0].name} does"
+            difference = Difference(direction, "", "", error=largest, detail=detail)
+        return replace(difference, stage=stage)
+
+    def _raised(self, stage: str, failed: RunRaised) -> Difference:
+        first = failed.raised.first
+        ranks = failed.raised.ranks
+        of_ranks = "" if len(ranks) == self._exchange.size else f"on rank {', '.join(map(str, ranks))} "
+        kind = type(self._original.get_submodule(first.module)).__name__
+        return Difference(
+            failed.direction,
+            first.module,
+            kind,
+            place=first.place,
+            text=first.text,
+            detail=f"only the parallelized model raises, {of_ranks}{first.error}".replace(" ,", ","),
+            stage=stage,
+        )
+
+
+def _buffers(model: nn.Module) -> dict[str, Tensor]:
+    return {name: one.detach() for name, one in model.named_buffers() if one.is_floating_point()}

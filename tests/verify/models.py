@@ -1,0 +1,102 @@
+"""Small models for verifications: functions without arguments, that can be sent to ranks."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+VOCABULARY = 67
+
+
+def llama() -> nn.Module:
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=36,
+        intermediate_size=41,
+        num_hidden_layers=2,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        max_position_embeddings=32,
+        attention_dropout=0.3,
+        initializer_range=0.2,
+    )
+    return LlamaForCausalLM(config)
+
+
+def qwen3() -> nn.Module:
+    config = Qwen3Config(
+        vocab_size=VOCABULARY,
+        hidden_size=20,
+        intermediate_size=41,
+        num_hidden_layers=2,
+        num_attention_heads=10,
+        num_key_value_heads=5,
+        head_dim=4,
+        max_position_embeddings=32,
+        tie_word_embeddings=True,
+        initializer_range=0.2,
+    )
+    return Qwen3ForCausalLM(config)
+
+
+def gpt2() -> nn.Module:
+    config = GPT2Config(
+        vocab_size=VOCABULARY,
+        n_embd=20,
+        n_layer=2,
+        n_head=5,
+        n_inner=41,
+        n_positions=32,
+        initializer_range=0.2,
+        bos_token_id=1,
+        eos_token_id=1,
+    )
+    return GPT2LMHeadModel(config)
+
+
+def bert() -> nn.Module:
+    config = BertConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=20,
+        num_hidden_layers=2,
+        num_attention_heads=5,
+        intermediate_size=41,
+        max_position_embeddings=32,
+        initializer_range=0.2,
+    )
+    return BertForMaskedLM(config)
+
+
+def tokens(rows: int = 2, length: int = 9) -> dict[str, Tensor]:
+    """Ids, labels of which some are ignored, and a mask with padding on the left."""
+    ids = torch.randint(3, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(3))
+    labels, mask = ids.clone(), torch.ones_like(ids)
+    labels[0, :4] = -100
+    mask[0, :2] = 0
+    return {"input_ids": ids, "labels": labels, "attention_mask": mask}
+
+
+class Perceptron(nn.Module):
+    """Two linear layers, batch normalisation between them, dropout of two kinds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 10)
+        self.norm = nn.BatchNorm1d(10)
+        self.drop = nn.Dropout(0.5)
+        self.second = nn.Linear(10, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = F.dropout(self.norm(self.first(x)), 0.5, self.training)
+        return self.second(self.drop(F.gelu(hidden)))  # type: ignore[no-any-return]

@@ -1,0 +1,137 @@
+"""Every kind of planted error is found, and named: the module, the call and the direction."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from colrow.plan import BERT, GPT2, LLAMA, HandPlan, Plan, column
+from colrow.verify import Report, verify_on_ranks
+from tests.pool import Pool, worker_mesh
+from tests.verify import models
+from tests.verify.planted import changed_reduction
+
+
+def _reduction(size: int, build: Callable[[], nn.Module], plan: HandPlan, label: str, add: float) -> Report:
+    """A reduction left out, or with something added on every rank."""
+
+    def added(tensor: Tensor) -> Tensor:
+        return tensor + add * torch.linspace(1, 2, tensor.shape[-1])
+
+    with changed_reduction(label, added if add else None) as met:
+        report = verify_on_ranks(build, models.tokens(), worker_mesh(size), plan, steps=1)
+    assert met
+    return report
+
+
+def _planned(size: int, build: Callable[[], nn.Module], plan: HandPlan | Plan) -> Report:
+    return verify_on_ranks(build, models.tokens(), worker_mesh(size), plan, steps=1)
+
+
+def _without_reduction_of(build: Callable[[], nn.Module], size: int, name: str) -> Plan:
+    plan = LLAMA.resolve(build(), size)
+    kept = tuple(one for one in plan.partial_parameters if one.name != name)
+    assert len(kept) == len(plan.partial_parameters) - 1
+    return replace(plan, partial_parameters=kept)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize(
+    ("build", "plan", "region", "layers"),
+    [
+        (models.llama, LLAMA, "model.layers.1.mlp", ("gate_proj", "up_proj")),
+        (models.llama, LLAMA, "model.layers.0.self_attn", ("q_proj", "k_proj", "v_proj")),
+        (models.gpt2, GPT2, "transformer.h.0.mlp", ("c_fc",)),
+        (models.bert, BERT, "bert.encoder.layer.1.attention.self", ("query", "key", "value")),
+    ],
+)
+def test_an_entry_dropped(
+    ranks: Callable[[int], Pool],
+    size: int,
+    build: Callable[[], nn.Module],
+    plan: HandPlan,
+    region: str,
+    layers: tuple[str, ...],
+) -> None:
+    for report in ranks(size).run(_reduction, size, build, plan, f"enter {region}.", 0.0):
+        assert not report.passed
+        assert all(
+            check.passed for check in report.checks if check.kind == "outputs" and "step" not in check.stage
+        )
+        difference = report.difference
+        assert difference is not None
+        assert difference.direction == "backward"
+        assert difference.module in [f"{region}.{layer}" for layer in layers]
+        assert "the gradient of" in difference.detail
+        assert str(difference).startswith(f"first difference: backward, module {difference.module} (")
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_bias_added_twice(ranks: Callable[[int], Pool], size: int) -> None:
+    where = "exit transformer.h.1.attn.c_proj"
+    for report in ranks(size).run(_reduction, size, models.gpt2, GPT2, where, 0.5):
+        difference = report.difference
+        assert difference is not None
+        assert difference.direction == "forward"
+        assert (difference.module, difference.module_type) == ("transformer.h.1.attn.c_proj", "Conv1D")
+        assert difference.place.startswith("modeling_gpt2.py:")
+        assert "c_proj" in difference.text
+        assert difference.error > 0.01
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_an_exit_dropped(ranks: Callable[[int], Pool], size: int) -> None:
+    where = "exit model.layers.0.mlp.down_proj"
+    difference = ranks(size).run(_reduction, size, models.llama, LLAMA, where, 0.0)[0].difference
+    assert (difference.direction, difference.module) == ("forward", "model.layers.0.mlp.down_proj")
+    assert "pending where add at modeling_llama.py" in difference.detail
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_wrong_packed_layout(ranks: Callable[[int], Pool], size: int) -> None:
+    wrong = replace(GPT2, styles=GPT2.styles | {"**.attn.c_attn": column("heads")})
+    for report in ranks(size).run(_planned, size, models.gpt2, wrong):
+        difference = report.difference
+        assert difference is not None
+        assert (difference.direction, difference.module) == ("forward", "transformer.h.0.attn")
+        assert (difference.module_type, difference.call) == ("GPT2Attention", "split")
+        assert "self.c_attn(hidden_states).split(" in difference.text
+        assert "c_attn" in difference.detail
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_reduction_of_a_parameters_gradient_missing(ranks: Callable[[int], Pool], size: int) -> None:
+    name = "model.layers.1.self_attn.q_norm.weight"
+    plan = _without_reduction_of(models.qwen3, size, name)
+    for report in ranks(size).run(_planned, size, models.qwen3, plan):
+        # what else differs follows from the step
+        assert {check.name for check in report.failed if check.stage == "training"} == {name}
+        assert any(check.kind == "replicas" for check in report.failed)
+        difference = report.difference
+        assert difference is not None
+        assert (difference.direction, difference.module) == ("backward", "model.layers.1.self_attn.q_norm")
+        assert name in difference.detail
+        assert "a reduction is missing" in difference.detail
+
+
+def _raising(size: int) -> Report:
+    def checked(tensor: Tensor) -> Tensor:
+        raise ValueError("this projection does not like its input")
+
+    with changed_reduction("exit model.layers.1.self_attn.o_proj", checked):
+        return verify_on_ranks(models.llama, models.tokens(), worker_mesh(size), LLAMA, steps=1)
+
+
+def test_an_error_that_only_the_parallelized_model_raises(ranks: Callable[[int], Pool]) -> None:
+    for report in ranks(2).run(_raising, 2):
+        assert [check.name for check in report.failed] == ["the parallelized model raised"]
+        difference = report.difference
+        assert difference is not None
+        assert (difference.direction, difference.module) == ("forward", "model.layers.1.self_attn.o_proj")
+        assert "ValueError: this projection does not like its input" in difference.detail
+        assert difference.place.startswith("test_planted.py:")
+        assert "DIFFERENT" in str(report)
