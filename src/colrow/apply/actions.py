@@ -169,10 +169,7 @@ class Applier:
         sharding = self._plan.parameters.get(f"{place.module}.weight")
         if not is_linear(module) or sharding is None or sharding.dimension != features_dimension(module):
             return None
-        return None if self._is_shared(sharding) else place.module
-
-    def _is_shared(self, sharding: Sharding) -> bool:
-        return sharding.layout.is_shared(self._plan.axes[sharding.axis].cut)
+        return place.module
 
     def _exit(self, place: ModuleOutput | CallResult) -> None:
         module = self._model.get_submodule(place.module)

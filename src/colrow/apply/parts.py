@@ -9,6 +9,7 @@ from torch import Tensor
 
 from colrow.collectives import AllGather, Communicator, Enter
 from colrow.layout import Cut, DimensionLayout, Segment
+from colrow.tracer import while_tracing
 
 
 class Part:
@@ -60,7 +61,11 @@ class TakePart:
         self._ranks, self._part = ranks, part
         self._dimension = dimension
         self._enter = Enter(ranks, label)
-        self._ranges = cache(self._find_ranges)
+        self._known = cache(self._find_ranges)
+
+    @while_tracing
+    def _ranges(self, size: int) -> list[tuple[int, int]]:
+        return self._known(size)
 
     def _find_ranges(self, size: int) -> list[tuple[int, int]]:
         return self._part.of_size(size).ranges(self._part._cut, self._ranks.rank)
@@ -81,9 +86,13 @@ class TakeWhole:
 
     def __init__(self, ranks: Communicator, label: str, dimension: int, part: Part) -> None:
         self._ranks, self._label, self._dimension, self._part = ranks, label, dimension, part
-        self._plans = cache(self._plan)
+        self._known = cache(self._find_places)
 
-    def _plan(self, size: int) -> tuple[tuple[int, ...], Tensor | None]:
+    @while_tracing
+    def _places(self, size: int) -> tuple[tuple[int, ...], Tensor | None]:
+        return self._known(size)
+
+    def _find_places(self, size: int) -> tuple[tuple[int, ...], Tensor | None]:
         """The extents of all parts, and the order of the whole's indices among them if it is another."""
         layout = self._part.of_part(size, self._ranks.rank)
         cut = self._part._cut
@@ -101,7 +110,7 @@ class TakeWhole:
 
     def __call__(self, value: Tensor) -> Tensor:
         """The whole."""
-        sizes, order = self._plans(value.shape[self._dimension])
+        sizes, order = self._places(value.shape[self._dimension])
         gather = AllGather(self._ranks, self._label, self._dimension, sizes, "I")
         whole = gather(value)
         return whole if order is None else whole.index_select(self._dimension, order.to(whole.device))
