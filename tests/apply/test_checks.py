@@ -189,6 +189,6 @@ def test_plan_is_plain_data() -> None:
         entries=(Entry((ModuleInput("up", (0,)),)),),
         exits=(Exit(ModuleOutput("down")),),
     )
-    assert plan == eval(repr(plan)), Segment.__name__
+    assert plan == eval(repr(plan), {**globals(), "Segment": Segment})
     assert plan.tensor_layout("up.weight", (7, 4)).local_shape(0) == (4, 4)
     assert "7 units cut [4, 3]" in plan.explain()
