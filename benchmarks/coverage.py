@@ -45,7 +45,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{options.builders}: {error}", file=sys.stderr)
         return 1
     print(f"{len(names)} models of {options.builders.name}, tensor parallel over {options.tp} ranks\n")
-    print(_line("model", "traced", "planned", "cut", "exact", "seconds", "first difference, or error"))
+    print(
+        _line(
+            "model", "traced", "planned", "cut", "exact", "counted", "seconds", "first difference, or error"
+        )
+    )
     started = time.monotonic()
     rows: dict[str, Row] = {}
     for row in _run(builders, names, options.tp, options.jobs, options.timeout):
@@ -101,8 +105,9 @@ def render(row: Row) -> str:
         "yes" if row.planned else "no",
         f"{row.share_cut:.1%}" if row.planned else "",
         "yes" if row.exact else "no",
+        "yes" if row.predicted else "no",
         f"{row.seconds:.1f}",
-        "" if row.exact else " ".join(reason.split()),
+        " ".join(reason.split()),
     )
 
 
@@ -117,9 +122,10 @@ def summary(rows: list[Row]) -> str:
     planned = [row for row in rows if row.planned]
     share = sum(row.share_cut for row in planned) / max(1, len(planned))
     exact = sum(row.exact for row in rows)
+    runs, traced = (sum(getattr(row, stage) for row in rows) for stage in ("runs", "traced"))
     return (
-        f"{len(rows)} models: {sum(row.traced for row in rows)} traced, {len(planned)} planned "
-        f"(on average {share:.1%} of the parameters cut), {exact} exact ({exact / max(1, len(rows)):.1%})"
+        f"{len(rows)} models: {runs} run by themselves, {traced} traced, {len(planned)} planned ({share:.1%} "
+        f"of the parameters cut on average), {exact} exact ({exact / max(1, runs):.1%} of {runs})"
     )
 
 

@@ -7,7 +7,8 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
@@ -17,14 +18,20 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch._C._distributed_c10d import TCPStore
+from torch.distributed.device_mesh import DeviceMesh
 
 import colrow
 from colrow.axes import infer
-from colrow.trace import trace
-from coverage_processes import Report, describe, end_with_parent
-from coverage_verify import derive, verify
+from colrow.plan import Plan
+from colrow.plan.derive import derive_plan, record
+from colrow.trace import Example
+from colrow.verify import one_precision, verify_on_ranks
+from coverage_processes import RankError, Report, describe, end_with_parent
 
+COUNTED = "collectives"
+"""What verify calls the comparison of the collectives that were counted with those that were predicted."""
 COLLECTIVE_SECONDS = 60.0
 SETTLE_SECONDS = 2.0
 """After the first failure of a rank, how long the others may take to say what happened to them."""
@@ -50,25 +57,74 @@ def names_of(builders: Path) -> list[str]:
 def run(builders: Path, name: str, ranks: int, report: Report) -> None:
     """Bring one model as far as it gets, reporting on the way."""
     torch.set_num_threads(1)
-    model, inputs = load(builders).build(name)
+    module = load(builders)
+    model, inputs = module.build(name)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    report(stage="trace", parameters=sum(sizes.values()))
-    mode = "training" if model.training else "evaluation"
-    record = trace(model, (), inputs, mode=mode, routing="guess")
-    report(stage="plan", traced=True, notes=record.warnings, unknown=sorted(infer(record).unknown))
-    plan = derive(model, inputs, ranks)
+    report(stage="run", parameters=sum(sizes.values()))
+    apart(lambda: _call(model, inputs))
+    report(stage="trace", runs=True)
+    examples = {"training" if model.training else "evaluation": Example((), inputs)}
+    trace = record(model, examples)
+    report(stage="plan", traced=True, notes=trace.warnings, unknown=sorted(infer(trace).unknown))
+    plan = derive_plan(model, examples, ranks)
     cut = sum(size for name, size in sizes.items() if name in plan.parameters)
-    notes = [*record.warnings, *plan.notes]
+    notes = [*trace.warnings, *plan.notes]
     report(stage="verify", planned=True, share_cut=cut / max(1, sum(sizes.values())), notes=notes)
-    difference = on_ranks(ranks, lambda mesh: verify(model, inputs, plan, mesh))
-    report(stage="done", exact=not difference, first_difference=difference)
+    report(**on_ranks(ranks, lambda mesh: _verify(model, examples, plan, mesh)), stage="done")
 
 
-def on_ranks(ranks: int, function: Callable[[Any], str]) -> str:
+def _call(model: nn.Module, inputs: dict[str, Any]) -> None:
+    with torch.no_grad(), one_precision():
+        model(**inputs)
+
+
+def _verify(
+    model: nn.Module, examples: Mapping[str, Example], plan: Plan, mesh: DeviceMesh
+) -> dict[str, Any]:
+    found = verify_on_ranks(model, examples, mesh, plan)
+    if found.passed:
+        return {"exact": True, "predicted": True}
+    causes = [str(cause) for cause in (found.difference, *found.failed) if cause is not None]
+    difference = causes[0] if causes else "nothing was compared"
+    kinds = {check.kind for check in found.failed}
+    return {
+        "exact": bool(found.checks) and found.difference is None and kinds <= {COUNTED},
+        "predicted": COUNTED not in kinds,
+        "first_difference": difference.removeprefix("first difference: "),
+        "detail": str(found),
+    }
+
+
+def apart(work: Callable[[], None]) -> None:
+    """Do something in a forked process, so that nothing is changed here.
+
+    Raises:
+        RankError: if it raises or the process dies.
+    """
+    ours, theirs = Pipe()
+    parent = os.getpid()
+    if os.fork() == 0:
+        end_with_parent(parent)
+        try:
+            work()
+            theirs.send(None)
+        except BaseException as error:
+            theirs.send((describe(error), traceback.format_exc()))
+        os._exit(0)
+    theirs.close()
+    try:
+        said = ours.recv()
+    except EOFError:
+        said = ("the process died", "")
+    if said is not None:
+        raise RankError(*said)
+
+
+def on_ranks(ranks: int, function: Callable[[DeviceMesh], dict[str, Any]]) -> dict[str, Any]:
     """What ``function(mesh)`` returns on rank 0 of so many forked processes.
 
     Raises:
-        RuntimeError: if a rank raises or dies.
+        RankError: if a rank raises or dies.
     """
     with socket.create_server(("127.0.0.1", 0), backlog=128) as listener:
         connections: list[Connection] = []
@@ -84,8 +140,13 @@ def on_ranks(ranks: int, function: Callable[[Any], str]) -> str:
 
 
 def _serve(
-    rank: int, size: int, listener: socket.socket, connection: Connection, function: Callable[[Any], str]
+    rank: int,
+    size: int,
+    listener: socket.socket,
+    connection: Connection,
+    function: Callable[[DeviceMesh], dict[str, Any]],
 ) -> None:
+    answer: tuple[bool, Any]
     try:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
         port = listener.getsockname()[1]
@@ -99,29 +160,33 @@ def _serve(
         answer = (True, function(mesh))
         dist.barrier()  # rank 0 hosts the store: it is the last to leave
     except BaseException as error:
-        answer = (False, describe(error))
+        answer = (False, (describe(error), traceback.format_exc()))
     connection.send(answer)
     os._exit(0)
 
 
-def _collect(connections: list[Connection]) -> str:
+def _collect(connections: list[Connection]) -> dict[str, Any]:
     """Rank 0's answer, once all ranks have answered."""
-    answers: dict[int, str] = {}
-    errors: dict[int, str] = {}
+    answers: dict[int, dict[str, Any]] = {}
+    errors: dict[int, tuple[str, str]] = {}
     deadline = float("inf")
     while len(answers) + len(errors) < len(connections) and time.monotonic() < deadline:
         open_ = {c: rank for rank, c in enumerate(connections) if rank not in answers and rank not in errors}
         for connection in wait(list(open_), timeout=0.1):
             assert isinstance(connection, Connection)
+            rank = open_[connection]
             try:
-                passed, text = connection.recv()
+                passed, said = connection.recv()
             except EOFError:
-                passed, text = False, "the process died"
-            (answers if passed else errors)[open_[connection]] = text
+                passed, said = False, ("the process died", "")
+            if passed:
+                answers[rank] = said
+            else:
+                errors[rank] = said
         if errors:
             deadline = min(deadline, time.monotonic() + SETTLE_SECONDS)
     if errors:
         # a rank that only noticed another's failure says less than the one that failed
-        rank, text = min(errors.items(), key=lambda item: ("RankFailure" in item[1], item[0]))
-        raise RuntimeError(f"rank {rank}: {text}")
+        rank, (text, trail) = min(errors.items(), key=lambda item: ("RankFailure" in item[1][0], item[0]))
+        raise RankError(f"rank {rank}: {text}", trail)
     return answers[0]

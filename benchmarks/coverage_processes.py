@@ -33,6 +33,18 @@ PR_SET_PDEATHSIG = 1
 Report = Callable[..., None]
 
 
+class RankError(Exception):
+    """A process that belongs to this one raised or died.
+
+    Attributes:
+        trail: its traceback.
+    """
+
+    def __init__(self, text: str, trail: str) -> None:
+        self.trail = trail
+        super().__init__(text)
+
+
 def preload() -> None:
     """Import what most models need, and nothing that starts a thread: this process is going to be forked."""
     for name in PRELOADED:
@@ -195,13 +207,16 @@ def _be_child(function: Callable[[Report], None], writing: int, log: int, parent
         status = 0
     except BaseException as error:
         with contextlib.suppress(BaseException):
-            report(raised=describe(error), traceback=traceback.format_exc())
+            trail = error.trail if isinstance(error, RankError) else traceback.format_exc()
+            report(raised=describe(error), traceback=trail)
     finally:
         os._exit(status)
 
 
 def describe(error: BaseException) -> str:
-    """An exception in one line."""
+    """An exception in one line; what another process has described already stays as it is."""
+    if isinstance(error, RankError):
+        return str(error)
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 

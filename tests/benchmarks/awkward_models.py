@@ -1,4 +1,4 @@
-"""A builder file whose models do what the files of others may do."""
+"""A builder file whose models do what the models of others may do."""
 
 from __future__ import annotations
 
@@ -9,37 +9,51 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+import torch.distributed as dist
+from torch import Tensor, nn
 
 
 def names() -> list[str]:
-    return ["good", "raises", "hangs", "exits", "is killed", "prints and dies in a rank", "reads data"]
+    return ["good", "raises", "hangs", "exits", "is killed", "cannot run", "dies in a rank", "differs"]
 
 
-class Fatal(nn.Module):
-    """Ends its process when it is used for real."""
+class Perceptron(nn.Module):
+    """Two layers."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.linear = nn.Linear(4, 4)
+        self.up = nn.Linear(5, 7)
+        self.down = nn.Linear(7, 5)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not x.is_meta:
-            print("the last words", flush=True)
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.up(x).relu())
+
+
+class Dying(Perceptron):
+    """Ends its process when it is one of several ranks."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if dist.is_initialized():
             os.kill(os.getpid(), signal.SIGKILL)
-        return self.linear(x)
+        return super().forward(x)
 
 
-class Reader(nn.Module):
-    """Asks for the data of its input."""
+class Differing(Perceptron):
+    """Computes with the size of something that is cut, in a way that nobody can see."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(4, 4)
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.up(x)
+        return self.down(hidden.relu()) + float(f"{hidden.shape[-1]}")
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.linear(x) if x.sum() > 0 else x
+
+class Misused(Perceptron):
+    """Does not take what it is given."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x[:, 1:])
+
+
+MODELS = {"good": Perceptron, "dies in a rank": Dying, "differs": Differing, "cannot run": Misused}
 
 
 def build(name: str) -> tuple[nn.Module, dict[str, Any]]:
@@ -52,20 +66,4 @@ def build(name: str) -> tuple[nn.Module, dict[str, Any]]:
         os._exit(7)
     if name == "is killed":
         os.kill(os.getpid(), signal.SIGKILL)
-    x = {"x": torch.randn(2, 4, dtype=torch.float64)}
-    if name == "reads data":
-        return Reader().double(), x
-    if name == "prints and dies in a rank":
-        return Fatal().double(), x
-    config = LlamaConfig(
-        vocab_size=31,
-        hidden_size=12,
-        intermediate_size=17,
-        num_hidden_layers=1,
-        num_attention_heads=3,
-        num_key_value_heads=3,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    ids = torch.randint(3, 31, (2, 5))
-    return LlamaForCausalLM(config).double().eval(), {"input_ids": ids, "use_cache": False}
+    return MODELS[name]().double(), {"x": torch.randn(2, 5, dtype=torch.float64)}

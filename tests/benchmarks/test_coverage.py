@@ -40,45 +40,47 @@ def test_every_model_has_a_row_and_only_the_good_one_is_exact(
     run: tuple[str, dict[str, dict[str, Any]]],
 ) -> None:
     text, rows = run
-    assert list(rows) == [
-        "good",
-        "raises",
-        "hangs",
-        "exits",
-        "is killed",
-        "prints and dies in a rank",
-        "reads data",
-    ]
+    names = ["good", "raises", "hangs", "exits", "is killed", "cannot run", "dies in a rank", "differs"]
+    assert list(rows) == names
     assert [name for name, row in rows.items() if row["exact"]] == ["good"]
-    assert all(row["error"] or row["exact"] for row in rows.values())
+    assert [name for name, row in rows.items() if not row["error"]] == ["good", "differs"]
     assert all(name in text for name in rows)
-    assert "7 models" in text
-    assert "1 exact" in text
+    assert "8 models: 3 run by themselves, 3 traced, 3 planned" in text
+    assert "1 exact (33.3% of 3)" in text
 
 
 def test_the_good_row(run: tuple[str, dict[str, dict[str, Any]]]) -> None:
     good = run[1]["good"]
-    assert (good["traced"], good["planned"], good["stage"], good["error"]) == (True, True, "done", "")
+    assert (good["traced"], good["planned"], good["predicted"], good["stage"]) == (True, True, True, "done")
     assert 0.5 < good["share_cut"] <= 1
     assert 0 < good["seconds"] < 10
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "stage", "said"),
     [
-        ("raises", "LookupError: no such model today"),
-        ("hangs", "did not end within 10 s"),
-        ("exits", "ended with status 7"),
-        ("is killed", "died of SIGKILL"),
+        ("raises", "build", "LookupError: no such model today"),
+        ("hangs", "build", "did not end within 10 s"),
+        ("exits", "build", "ended with status 7"),
+        ("is killed", "build", "died of SIGKILL"),
+        ("cannot run", "run", "mat1 and mat2 shapes cannot be multiplied"),
+        ("dies in a rank", "verify", "the process died"),
     ],
 )
 def test_a_bad_row_says_what_happened_and_when(
-    run: tuple[str, dict[str, dict[str, Any]]], name: str, said: str
+    run: tuple[str, dict[str, dict[str, Any]]], name: str, stage: str, said: str
 ) -> None:
     row = run[1][name]
     assert said in row["error"]
-    assert "during build" in row["error"]
-    assert not row["traced"]
+    assert f"during {stage}" in row["error"]
+    assert row["stage"] == stage
+    assert row["traced"] == (stage == "verify")
+
+
+def test_a_row_that_differs_says_where(run: tuple[str, dict[str, dict[str, Any]]]) -> None:
+    row = run[1]["differs"]
+    assert "forward" in row["first_difference"]
+    assert "outputs" in row["detail"]
 
 
 def test_a_file_that_cannot_say_its_names_is_an_error(tmp_path: Path) -> None:
