@@ -6,10 +6,14 @@ from math import prod
 
 from colrow.axes.factor import Factor, Reason
 from colrow.axes.result import Axes, Axis
+from colrow.trace.content import reads_data
 from colrow.trace.records import Operation, Value
 
 #: Batches and sequences of a trace are tiny: volumes are compared as if they were this many times longer.
 DATA_SCALE = 128
+
+#: What the number of tokens that go to one expert counts as.
+GUESSED_EXTENT = 1 << 20
 
 #: A product this much larger than its operands is one of attention scores.
 SCORES_RATIO = 1.5
@@ -96,6 +100,14 @@ class Volumes:
         for factors in axes.marks.iota.values():
             data.update(atom.index for factor in factors for atom in axes.atoms_of(factor))
         self._data = data - parameters
+        # how many tokens an expert gets is guessed: all together they get as many as there are
+        self._guessed = {
+            atom.index
+            for operation in axes.trace.operations
+            if reads_data(operation.function)
+            for value in operation.outputs
+            for atom in axes.atoms(value)
+        }
         self._extents: dict[int, int] = {}
 
     def of(self, value: Value) -> int:
@@ -110,7 +122,7 @@ class Volumes:
         known = self._extents.get(factor.index)
         if known is None:
             atoms = self._axes.atoms_of(factor)
-            if not any(atom.index in self._data for atom in atoms):
+            if not any(atom.index in self._data or atom.index in self._guessed for atom in atoms):
                 known = factor.size
             else:
                 factors = self._axes.factors
@@ -119,7 +131,12 @@ class Volumes:
                     known = prod(map(self._extent, parts))
                 else:
                     parts = factors.parts(factor, "sum")
-                    known = factor.size * DATA_SCALE if len(parts) == 1 else sum(map(self._extent, parts))
+                    if len(parts) > 1:
+                        known = sum(map(self._extent, parts))
+                    elif atoms[0].index in self._guessed:
+                        known = GUESSED_EXTENT
+                    else:
+                        known = factor.size * DATA_SCALE
             self._extents[factor.index] = known
         return known
 

@@ -163,7 +163,9 @@ class _Search:
     def _gather(self, value: Value, module: ModuleCall) -> None:
         if value.index in self._found.values:
             return
-        self._found.values.add(value.index)
+        if module.parent is not None:
+            # an output of the model itself becomes whole when all has been computed
+            self._found.values.add(value.index)
         loss = self._found.loss
         if loss is not None and loss.logits == module.path:
             self._found.unread.append((value, module))

@@ -11,7 +11,8 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
-from colrow.plan.linear import Linearity, Spread, volume
+from colrow.axes.legality import Volumes
+from colrow.plan.linear import Linearity, Spread
 from colrow.plan.states import States
 from colrow.trace.records import FunctionCall, ModuleCall, Operation, Value
 from colrow.trace.tree import Path
@@ -80,6 +81,7 @@ class _Search:
     def __init__(self, states: States, linearity: Linearity) -> None:
         self._states, self._linearity = states, linearity
         self._trace = states.selection.trace
+        self._volumes = Volumes(states.selection.axes)
         self._sources: dict[int, list[Operation]] = defaultdict(list)
         self._children: dict[int, list[ModuleCall]] = defaultdict(list)
         self._contains: set[int] = set()
@@ -154,7 +156,7 @@ class _Search:
         places = [(path, value) for path, value in outputs if value in leaving]
         if len({value.index for _, value in places}) != len(places):
             return None
-        return _Choice(float(volume(leaving)), (spread, places, call))
+        return _Choice(float(sum(map(self._volumes.of, leaving))), (spread, places, call))
 
     def _collect(self, module: ModuleCall, choice: _Choice, found: Reductions) -> None:
         for part, inner in choice.parts:

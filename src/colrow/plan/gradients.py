@@ -9,6 +9,7 @@ summed before it meets a gradient that is whole already, and a parameter on its 
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -16,13 +17,17 @@ from colrow.axes.legality import Volumes
 from colrow.plan.exits import Reductions, paths_of
 from colrow.plan.linear import operation_argument
 from colrow.plan.states import States
-from colrow.trace.records import Operation, Value
+from colrow.trace.records import FunctionCall, Operation, Value
 
 #: What a collective costs however small it is, in elements.
 LATENCY = 1 << 16
 
-#: By so much a place at a module's border is preferred to one at a call.
-_AT_CALL = 1.001
+#: How much dearer a place at a call is than at a module's border: what happens in a loop, as over the tokens
+#: of a sequence, happens more often in reality than in a trace.
+_AT_CALL, _IN_LOOP = 1.001, 128.0
+
+#: Passes of a call by which a loop is known.
+_LOOP = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +105,7 @@ class _Search:
         self._volumes = Volumes(self._selection.axes)
         self._nodes: dict[int, _Node] = {}
         self._order: list[_Node] = []
-        self._visible: dict[int, bool] = {}
+        self._visible: dict[int, float] = {}
         self._stops: set[int] = set()
 
     def run(self) -> list[Summation]:
@@ -121,14 +126,17 @@ class _Search:
     # ---------------------------------------------------------------- the graph
 
     def _find_visible(self) -> None:
-        """Values that a hook or a call can get hold of; whether at a module's border."""
+        """Values that a hook or a call can get hold of, with how much dearer it is to do it there."""
         trace = self._selection.trace
+        passes: Counter[tuple[int, int, int]] = Counter(map(_place, trace.calls))
         for call in trace.calls:
+            in_loop = passes[_place(call)] >= _LOOP
             for _, value in paths_of((call.arguments, call.keywords, call.outputs)):
-                self._visible.setdefault(value.index, False)
+                known = self._visible.get(value.index)
+                self._visible[value.index] = _IN_LOOP if in_loop and known is None else _AT_CALL
         for module in trace.modules:
             for _, value in module.inputs + module.outputs:
-                self._visible[value.index] = True
+                self._visible[value.index] = 1.0
 
     def _make_nodes(self) -> None:
         trace = self._selection.trace
@@ -178,12 +186,9 @@ class _Search:
         return _Node(value, edges, self._cost(value), derived, can_pass, is_output)
 
     def _cost(self, value: Value) -> float:
-        at_border = self._visible.get(value.index)
         if value.source.kind == "parameter":
             return self._volumes.of(value) + LATENCY
-        if at_border is None:
-            return float("inf")
-        return (self._volumes.of(value) + LATENCY) * (1.0 if at_border else _AT_CALL)
+        return (self._volumes.of(value) + LATENCY) * self._visible.get(value.index, float("inf"))
 
     def _edges(self, value: Value, operation: Operation) -> list[_Edge]:
         if value in operation.outputs:
@@ -243,7 +248,17 @@ class _Search:
             node.latest = latest
 
     def _may_pass(self, node: _Node) -> bool:
-        return node.may_be_pure and node.can_pass and node.value.index not in self._stops
+        """Whether a partial gradient might flow on, together with those of an operator's other results."""
+        return all(
+            one.may_be_pure and one.can_pass and one.value.index not in self._stops
+            for one in self._siblings(node)
+        )
+
+    def _siblings(self, node: _Node) -> list[_Node]:
+        """The results of the operator that made it, itself included: their gradients go into it together."""
+        producer = node.value.producer
+        found = [] if producer is None else [self._nodes.get(value.index) for value in producer.outputs]
+        return [one for one in found if one is not None and (one.is_used or one is node)] or [node]
 
     def _total(self, places: frozenset[int]) -> float:
         return sum(self._nodes[index].cost for index in places)
@@ -304,6 +319,9 @@ class _Search:
                 if behind is not None and behind.is_used and not behind.passes:
                     forced.refuse.add(node.value.index)
                     stable = False
+            if not all(one.passes for one in self._siblings(node)):
+                forced.refuse.update(one.value.index for one in self._siblings(node))
+                stable = False
         return stable
 
     def _summation(self, node: _Node) -> Summation | None:
@@ -320,6 +338,10 @@ class _Search:
             return None
         operations = {operation.index: operation for operation in partial}
         return Summation(node.value, tuple(operations.values()), everywhere)
+
+
+def _place(call: FunctionCall) -> tuple[int, int, int]:
+    return (call.module.index, id(call.site.code), call.site.instruction)
 
 
 def _flat(item: object) -> list[object]:

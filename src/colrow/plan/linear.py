@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from math import prod
 from typing import Any
 
 from colrow.plan.states import States
@@ -160,8 +159,3 @@ def operation_argument(operation: Operation, name: str) -> Any:
                 return operation.arguments[position]
             return operation.keywords.get(name, argument.default_value)
     return None
-
-
-def volume(values: Iterable[Value]) -> int:
-    """Number of elements."""
-    return sum(prod(value.shape) for value in values)

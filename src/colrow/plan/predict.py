@@ -15,6 +15,7 @@ from colrow.plan.gradients import Summation
 from colrow.plan.plan import Sharding
 from colrow.plan.prediction import Direction, PredictedCollective, Prediction
 from colrow.plan.selection import Selection
+from colrow.plan.sites import Sites
 from colrow.plan.states import States
 from colrow.trace.records import ModuleCall, Value
 
@@ -62,6 +63,7 @@ class _Predictor:
         for value, module in self._borders.losses:
             self._loss(value, module)
         self._shared_gradients()
+        self._slices()
         for summation in self._summations:
             operation = summation.operations[0]
             path = operation.module.path if operation.module is not None else ""
@@ -79,6 +81,18 @@ class _Predictor:
                     self._count_one(
                         mode, "forward", "all-reduce", f"{label} {what}", logits.shape[:-1], logits.dtype, ()
                     )
+
+    def _slices(self) -> None:
+        """The gradients of values that are born whole, at each place where a part is taken."""
+        sites = Sites(self._selection)
+        for index, operations in self._states.slices.items():
+            value = self._selection.trace.values[index]
+            for mode, root in self._selection.trace.runs:
+                inside = [one for one in operations if root.first <= one.index < root.last]
+                if value.differentiable and inside:
+                    whole = [use for use in value.uses if use not in operations]
+                    for _ in sites.readers(value, inside, not whole):
+                        self._count(mode, value, "backward", "all-reduce", "part")
 
     def _shared_gradients(self) -> None:
         """Of parameters of which several ranks hold the same part, in every run that reads them."""
