@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from colrow.collectives import Communicator
 from colrow.mesh import root_mesh
 from colrow.traced_regions import TracedRegions
+from colrow.tracer import must_not_break
 
 _MASK = (1 << 63) - 1
 _SEED_BITS, _REGION_MARK = 47, 0x5C07
@@ -62,14 +63,19 @@ class RegionRandomness:
 
     def begin_scope(self, region: str, is_training: bool) -> None:
         """The forward of the module that holds ``region`` begins."""
+        if torch.compiler.is_dynamo_compiling():
+            if is_training:
+                self._traced.begin_scope(region)
+            if must_not_break():
+                return
         if not self._scopes and self._outside is not None:
             self.abandon()  # an earlier pass was interrupted inside a region
         self._scopes.append(region if is_training else "")
-        if is_training and torch.compiler.is_dynamo_compiling():
-            self._traced.begin_scope(region)
 
     def end_scope(self) -> None:
         """The forward ends, also by an exception: a region that is still open is left."""
+        if torch.compiler.is_dynamo_compiling() and must_not_break():
+            return
         if self._scopes:
             self._scopes.pop()
         if not self._scopes and self._outside is not None:
@@ -79,7 +85,9 @@ class RegionRandomness:
         """Begin ``region`` unless it has begun, or the forward that holds it is not running."""
         if not torch.compiler.is_dynamo_compiling():
             self._enter(device, region)
-        elif (not self._scopes or region in self._scopes) and not self._traced.enter(region):
+        elif self._traced.has_scope(region) or (must_not_break() and region in self._scopes):
+            self._traced.enter(region)
+        elif not must_not_break() and (not self._scopes or region in self._scopes):
             self._enter_between_graphs(device, region)
 
     def _enter(self, device: torch.device, region: str) -> None:

@@ -11,57 +11,51 @@ All of this runs while torch.compile traces and leaves nothing in the graph.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 
 import torch
 from torch.fx import GraphModule, Node
 
-from colrow.tracer import must_not_break, traced_output, while_tracing
+from colrow.tracer import notes, traced_output, while_tracing
 
 _PROBABILITIES = ("p", "dropout_p", "dropout")
 _SWITCHES = ("train", "training")
 
 
-@dataclass
-class _Notes:
-    """Of one graph: regions whose modules began in it, and the last node before each region that is open."""
-
-    scopes: set[str] = field(default_factory=set)
-    open: dict[str, Node | None] = field(default_factory=dict)
-
-
 class TracedRegions:
-    """The regions of one model. What is noted belongs to the graph and goes with it."""
+    """The regions of one model, in the graph that is being traced."""
 
-    def _notes(self) -> _Notes:
-        by_model = vars(traced_output()).setdefault("colrow_regions", {})
-        notes: _Notes = by_model.setdefault(id(self), _Notes())
-        return notes
+    def _scopes(self) -> set[str]:
+        """Regions whose modules began in this graph."""
+        found: set[str] = notes("scopes").setdefault(id(self), set())
+        return found
+
+    def _open(self) -> dict[str, Node | None]:
+        """The last node before each region that is open."""
+        found: dict[str, Node | None] = notes("regions").setdefault(id(self), {})
+        return found
 
     @while_tracing
     def begin_scope(self, region: str) -> None:
-        """The forward of the module that holds ``region`` begins."""
-        self._notes().scopes.add(region)
+        """The forward of the module that holds ``region`` begins, in training."""
+        self._scopes().add(region)
 
     @while_tracing
-    def enter(self, region: str) -> bool:
-        """Begin ``region``, if all of it will be in this graph.
+    def has_scope(self, region: str) -> bool:
+        """Whether the module that holds ``region`` began in this graph, so that all of it will be seen."""
+        return region in self._scopes()
 
-        It will if the module that holds it began there, or if the graph must not break.
-        """
-        notes = self._notes()
-        if region not in notes.scopes and not must_not_break():
-            return False
-        notes.open.setdefault(region, next(iter(reversed(traced_output().graph.nodes)), None))
-        return True
+    @while_tracing
+    def enter(self, region: str) -> None:
+        """Begin ``region``."""
+        self._open().setdefault(region, next(iter(reversed(traced_output().graph.nodes)), None))
 
     @while_tracing
     def leave(self, region: str) -> str:
         """End ``region``: the name of an operator that drew random numbers in it, empty if none did."""
-        notes, output = self._notes(), traced_output()
-        if region not in notes.open:
+        begun, output = self._open(), traced_output()
+        if region not in begun:
             return ""
-        last_before = notes.open.pop(region)
+        last_before = begun.pop(region)
         inside = []
         for node in reversed(output.graph.nodes):
             if node is last_before:

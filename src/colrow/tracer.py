@@ -1,30 +1,22 @@
 """What colrow asks of TorchDynamo, torch.compile's tracer, while it traces.
 
-Each function runs during tracing and leaves nothing in the graph.
+Each function runs during tracing and leaves nothing in the graph. What is noted belongs to the graph that is
+being traced, and goes with it when tracing starts again or ends. The program's own objects are not written
+to: in the body of a higher-order operator, such as activation checkpointing, that would break the graph.
 """
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar, cast
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch._dynamo
 from torch._dynamo.comptime import ComptimeContext, comptime
 from torch._dynamo.output_graph import OutputGraph
 from torch._dynamo.symbolic_convert import InstructionTranslator
-from torch._subclasses import FakeTensor
 
-__all__ = [
-    "comptime",
-    "must_not_break",
-    "note_version",
-    "refuse_other_version",
-    "traced_graph",
-    "traced_output",
-    "while_tracing",
-]
+__all__ = ["comptime", "must_not_break", "notes", "recall", "remember", "traced_output", "while_tracing"]
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
@@ -36,31 +28,40 @@ def while_tracing(function: Callable[Parameters, Result]) -> Callable[Parameters
     return decorated
 
 
-def traced_output() -> OutputGraph:
-    """The graph that is being traced."""
-    return InstructionTranslator.current_tx().output
-
-
+@while_tracing
 def must_not_break() -> bool:
     """Whether the graph was asked for with ``fullgraph=True``."""
     return InstructionTranslator.current_tx().one_graph
 
 
-@while_tracing
-def traced_graph() -> int:
-    """A negative number that stands for the graph that is being traced."""
-    number: int = vars(traced_output()).setdefault("colrow_number", -2 - secrets.randbits(60))
-    return number
+def traced_output() -> OutputGraph:
+    """The graph that is being traced."""
+    return InstructionTranslator.current_tx().output
 
 
-def note_version(context: ComptimeContext) -> None:
-    """Through ``comptime``: remember how often the caller's tensor ``value`` has been written to."""
-    value = cast(FakeTensor, context.get_local("value").as_fake())
-    vars(value)["colrow_version"] = value._version
+def notes(topic: str) -> dict[Any, Any]:
+    """What has been noted of ``topic`` in the graph that is being traced."""
+    found: dict[Any, Any] = vars(traced_output()).setdefault(f"colrow_{topic}", {})
+    return found
 
 
-def refuse_other_version(context: ComptimeContext) -> None:
-    """Through ``comptime``: break the graph if ``value`` has been written to since it was noted."""
-    value = cast(FakeTensor, context.get_local("value").as_fake())
-    if vars(value)["colrow_version"] != value._version:
-        context.graph_break("a value is written to between two layers that share its entry")
+def remember(context: ComptimeContext) -> None:
+    """Through ``comptime``: note the caller's tensor ``result``, made from ``value``, under ``name``."""
+    result = context.get_local("result")._i_will_not_complain_if_bc_breaks_VariableTracker()
+    notes("results")[_key(context)] = result
+
+
+def recall(context: ComptimeContext) -> None:
+    """Through ``comptime``: the caller's ``result`` becomes what was noted for this ``value`` and ``name``.
+
+    Unless nothing was, or ``value`` has been written to since.
+    """
+    tracer = context._i_will_not_complain_if_bc_breaks_InstructionTranslator()
+    result = notes("results").get(_key(context))
+    if result is not None:
+        tracer.symbolic_locals["result"] = result
+
+
+def _key(context: ComptimeContext) -> tuple[object, ...]:
+    value, name = context.get_local("value"), context.get_local("name").as_python_constant()
+    return value.as_proxy().node, value.as_fake()._version, name  # type: ignore[union-attr]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from colrow.collectives import Communicator, Enter
-from colrow.tracer import comptime, note_version, refuse_other_version, traced_graph
+from colrow.tracer import comptime, recall, remember
 
 
 class SharedEntry:
@@ -30,6 +30,8 @@ class SharedEntry:
 
     def forget(self) -> None:
         """Let go of the last value."""
+        if torch.compiler.is_dynamo_compiling():
+            return
         self._value: Tensor | None = None
         self._entered: Tensor | None = None
         self._version, self._reads = -1, 0
@@ -44,19 +46,23 @@ class SharedEntry:
         """The entered ``value``; no autograd node unless a gradient will come back."""
         if not (value.requires_grad and torch.is_grad_enabled()):
             return value
-        # a traced tensor has no version: what is remembered counts within one graph
-        is_traced = torch.compiler.is_dynamo_compiling()
-        version = traced_graph() if is_traced else value._version
-        if self._value is not value or self._version != version:
-            self._value, self._version, self._reads = value, version, 0
+        if torch.compiler.is_dynamo_compiling():
+            return self._traced(value, f"{self._enter.communicator.name} {self._enter.label}")
+        if self._value is not value or self._version != value._version:
+            self._value, self._version, self._reads = value, value._version, 0
             self._entered = self._enter(value)
-            if is_traced:
-                comptime(note_version)
-        elif is_traced:
-            comptime(refuse_other_version)
         self._reads += 1
         entered = self._entered
         assert entered is not None
         if self._reads == self._members:
             self.forget()  # all have read it: no activation is kept alive
         return entered
+
+    def _traced(self, value: Tensor, name: str) -> Tensor:
+        """Under torch.compile the graph remembers, for this object's attributes are not part of it."""
+        result = None
+        comptime(recall)
+        if result is None:
+            result = self._enter(value)
+            comptime(remember)
+        return result
