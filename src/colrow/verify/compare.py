@@ -11,8 +11,8 @@ from colrow.collectives import CommStats
 from colrow.plan import Prediction
 from colrow.state import state_of
 from colrow.verify.exchange import Exchange
-from colrow.verify.measure import largest_error, magnitude, relate
-from colrow.verify.report import Check
+from colrow.verify.measure import largest_difference, magnitude, relate
+from colrow.verify.report import COLLECTIVES, Check
 from colrow.verify.run import Outputs
 
 OUTPUT_FLOOR = 1e-6
@@ -27,7 +27,7 @@ def compare_tensors(
     expected: Mapping[str, Tensor],
     tolerance: float,
     floor: float,
-    whole: Mapping[str, Tensor] | None = None,
+    sizes: Mapping[str, float] | None = None,
 ) -> list[Check]:
     """One check for each name. What only one side has differs.
 
@@ -36,9 +36,9 @@ def compare_tensors(
         found, expected: by name; of the cut model and of the whole one.
         tolerance: relative to the largest magnitude of each tensor.
         floor: what is smaller than this part of the largest of all tensors is measured by that.
-        whole: the tensors of which ``expected`` are parts, by which errors are measured.
+        sizes: by which errors are measured; default: the magnitudes of ``expected``.
     """
-    sizes = {name: magnitude(one) for name, one in (whole or expected).items()}
+    sizes = sizes or {name: magnitude(one) for name, one in expected.items()}
     smallest = floor * max(sizes.values(), default=0.0)
     checks = []
     for name in [*expected, *(name for name in found if name not in expected)]:
@@ -50,7 +50,7 @@ def compare_tensors(
         elif name not in expected:
             error, note = MISSING, "missing in the original model"
         else:
-            error = largest_error(found[name], expected[name], max(smallest, sizes[name]))
+            error = largest_difference(found[name], expected[name], max(smallest, sizes[name]))
             if found[name].shape != expected[name].shape:
                 note = f"{list(found[name].shape)} instead of {list(expected[name].shape)}"
         checks.append(Check(stage, kind, name, error, tolerance, note))
@@ -105,11 +105,11 @@ def compare_collectives(
         happened, bytes_moved = found.get((phase, operation), (0, 0))
         name = f"{operation.replace('_', '-')} {phase}"
         note = "" if foreseen == happened else f"{foreseen} predicted, {happened} counted"
-        checks.append(Check(stage, "collectives", name, abs(foreseen - happened), 0.0, note))
+        checks.append(Check(stage, COLLECTIVES, name, abs(foreseen - happened), 0.0, note))
         if with_bytes:
             note = "" if its_bytes == bytes_moved else f"{its_bytes} B predicted, {bytes_moved} B counted"
             checks.append(
-                Check(stage, "collectives", f"{name}, bytes", abs(its_bytes - bytes_moved), 0.0, note)
+                Check(stage, COLLECTIVES, f"{name}, bytes", abs(its_bytes - bytes_moved), 0.0, note)
             )
     return checks
 

@@ -26,6 +26,9 @@ def magnitude(tensor: Tensor) -> float:
     """The largest magnitude, without huge ones; 0 if there is none."""
     if not tensor.numel():
         return 0.0
+    largest = float(torch.linalg.vector_norm(tensor.detach(), torch.inf))
+    if largest < HUGE:
+        return largest
     sizes = tensor.detach().abs()
     return float(torch.where(sizes < HUGE, sizes, 0.0).max())
 
@@ -35,17 +38,31 @@ def largest_error(found: Tensor, expected: Tensor, floor: float = 0.0) -> float:
 
     Infinite numbers and those that are none must be so in both. Infinite if the shapes differ.
     """
+    return largest_difference(found, expected, max(magnitude(expected), floor))
+
+
+def largest_difference(found: Tensor, expected: Tensor, size: float) -> float:
+    """The largest difference, relative to ``size``; see :func:`largest_error`."""
     if found.shape != expected.shape:
         return float("inf")
     if not expected.numel():
         return 0.0
     found, expected = found.detach(), expected.detach()
+    difference = float(torch.linalg.vector_norm(found - expected, torch.inf))
+    if difference == 0.0:
+        return 0.0
+    if size > 0 and difference < HUGE and magnitude(found) < HUGE:
+        return difference / size
+    return _difference_of_odd_numbers(found, expected, size)
+
+
+def _difference_of_odd_numbers(found: Tensor, expected: Tensor, size: float) -> float:
+    """The same where some numbers may be huge, infinite or none."""
     same = (found == expected) | (found.isnan() & expected.isnan())
     if same.all():
         return 0.0
     sizes = expected.abs()
-    is_huge = sizes >= HUGE
-    scale = torch.where(is_huge, sizes, max(magnitude(expected), floor))
+    scale = torch.where(sizes >= HUGE, sizes, size)
     # whether infinite, no number, or 0 / 0: it is on one side only
     errors = torch.where(same, 0.0, (found - expected).abs() / scale).nan_to_num(torch.inf, torch.inf)
     return float(errors.max())
@@ -118,11 +135,12 @@ def _distance_of_slices(found: Tensor, expected: Tensor, dimension: int, floor: 
     if not len(ours) or not len(theirs):
         return 0.0 if len(ours) == len(theirs) else float("inf")
     # slices are paired by their projections on one direction, as comparing all pairs would take too long
-    direction = torch.randn(ours.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    projections = [rows.nan_to_num(1.5e30, 2e30, -2e30).double() @ direction for rows in (ours, theirs)]
+    length = ours.shape[1] * (2 if ours.is_complex() else 1)
+    direction = torch.randn(length, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    scale = max(magnitude(expected), floor)
+    projections = [_moderate(rows, scale).double() @ direction for rows in (ours, theirs)]
     nearest_theirs = _nearest(projections[0], projections[1])
     nearest_ours = _nearest(projections[1], projections[0])
-    scale = max(magnitude(expected), floor)
     return max(
         largest_error(ours, theirs[nearest_theirs], scale), largest_error(ours[nearest_ours], theirs, scale)
     )
@@ -130,6 +148,13 @@ def _distance_of_slices(found: Tensor, expected: Tensor, dimension: int, floor: 
 
 def _rows(tensor: Tensor, dimension: int) -> Tensor:
     return tensor.detach().movedim(dimension, 0).flatten(1) if tensor.dim() > 1 else tensor.detach()[:, None]
+
+
+def _moderate(rows: Tensor, scale: float) -> Tensor:
+    """Numbers that are huge or none replaced by some that do not drown the others."""
+    rows = torch.view_as_real(rows).flatten(1) if rows.is_complex() else rows
+    scale = scale or 1.0
+    return torch.where(rows.abs() < HUGE, rows, (rows > 0) * 2 * scale - 3 * scale)
 
 
 def _nearest(points: Tensor, among: Tensor) -> Tensor:

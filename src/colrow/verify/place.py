@@ -58,12 +58,13 @@ def caller(function: Any) -> Place:
 
 def is_of_colrow(function: Any) -> bool:
     """Whether colrow itself calls the torch function, rather than pass on a call of the model's."""
-    frame = begin = _outside(function)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(COLROW):
-        if frame.f_code.co_name == _HANDLER:
-            return False
-        frame = frame.f_back
-    return begin.f_code.co_filename.startswith(COLROW)
+    frame: FrameType | None = _outside(function)
+    is_own = False
+    while frame is not None and frame.f_code.co_filename.startswith(COLROW):
+        is_handler = frame.f_code.co_name == _HANDLER
+        is_own = not is_handler
+        frame = _outside(function, frame.f_back) if is_handler else frame.f_back
+    return is_own
 
 
 def user_place() -> Place:

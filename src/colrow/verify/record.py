@@ -111,7 +111,7 @@ class _Recorder(TorchFunctionMode):
         """Let go of the tensors themselves; events have copies."""
         self._alive: list[Tensor] = []  # as long as their identities are used below
         self._latest: dict[int, int] = {}
-        self._gradients: dict[tuple[int, int], Gradient] = {}
+        self._gradients: dict[tuple[int, int, bool], Gradient] = {}
 
     def enter_module(self, path: str) -> Any:
         """The hook for the begin of a module's forward."""
@@ -160,7 +160,9 @@ class _Recorder(TorchFunctionMode):
                 return
         results = [args[0]] if name == "__setitem__" else tensors_of(result)
         # a call that returns its argument, as `to` and `contiguous` may, makes nothing new
-        results = [one for one in results if (id(one), one._version) not in self._gradients]
+        results = [
+            one for one in results if (id(one), one._version, one.requires_grad) not in self._gradients
+        ]
         results = [one for one in results if one.is_floating_point() or one.is_complex()]
         if not results:
             return
@@ -199,7 +201,8 @@ class _Recorder(TorchFunctionMode):
         )
 
     def _gradient_of(self, tensor: Tensor) -> Gradient:
-        version = (id(tensor), tensor._version)
+        # what an autograd function computes wants a gradient only once the function has returned it
+        version = (id(tensor), tensor._version, tensor.requires_grad)
         if version not in self._gradients:
             gradient = self._gradients[version] = Gradient()
             if tensor.requires_grad and id(tensor) not in self._names:

@@ -31,12 +31,12 @@ class Outputs:
     Attributes:
         values: what callers see: whole on every rank. Logits that were not gathered are so by now.
         kept: what lies within other objects, such as a cache of keys and values: each rank may have its part.
-        loss: the model's own, if it returned one.
+        loss_name: the path of the model's own loss, if it returned one.
     """
 
     values: dict[str, Tensor] = field(default_factory=dict)
     kept: dict[str, Tensor] = field(default_factory=dict)
-    loss: Tensor | None = None
+    loss_name: str = ""
 
 
 @contextmanager
@@ -86,20 +86,20 @@ def outputs_of(result: Any, *, gather: bool) -> Outputs:
                 collect((*path, key), each, True)
 
     collect((), result, False)
-    loss = outputs.values.get("loss", result if isinstance(result, Tensor) else None)
-    if loss is not None and loss.numel() == 1 and loss.requires_grad:
-        outputs.loss = loss
+    numbers = [name for name, one in outputs.values.items() if one.numel() == 1 and one.requires_grad]
+    # the one that is called so, or the first that may be
+    outputs.loss_name = "loss" if "loss" in numbers else next(iter(numbers), "")
     return outputs
 
 
 def objective_of(outputs: Outputs, objective: Objective, seed: int) -> Tensor | None:
     """The number whose gradient is taken; None if no output has one.
 
-    ``loss``: the model's own. ``outputs``, or where there is no loss: the sum of all outputs with random
-    weights, as equal weights would not tell swapped elements.
+    ``loss``: the model's own. ``outputs``: the sum of all outputs with random weights, as equal weights would
+    not tell swapped elements.
     """
-    if objective == "loss" and outputs.loss is not None:
-        return outputs.loss.sum()
+    if objective == "loss":
+        return outputs.values[outputs.loss_name].sum()
     total: Tensor | None = None
     for index, value in enumerate(outputs.values.values()):
         if not value.requires_grad or not value.numel():

@@ -26,7 +26,7 @@ from colrow.verify.compare import (
 from colrow.verify.exchange import Exchange, RanksRaised
 from colrow.verify.inputs import other_sizes
 from colrow.verify.localise import Localiser
-from colrow.verify.measure import FLOOR
+from colrow.verify.measure import FLOOR, magnitude
 from colrow.verify.record import recorded
 from colrow.verify.report import Check, Difference, merge
 from colrow.verify.run import Objective, Run, Runner, RunRaised
@@ -63,6 +63,7 @@ class Verification:
         self._runner, self._tolerance = runner, tolerance
         self._exchange: Exchange = runner.exchange
         self._differentiable: dict[int, bool] = {}
+        self._objectives: dict[str, Objective] = {}
         self.checks: list[Check] = []
         self.notes: list[str] = []
         self.difference: Difference | None = None
@@ -80,21 +81,22 @@ class Verification:
         """
         try:
             for mode, example in examples.items():
-                run = self.compare(mode, mode, example, "outputs")
-                if run.outputs.loss is not None:
-                    run = self.compare(f"{mode}, loss alone", mode, example, "loss")
-                self._collectives(mode, run, with_bytes=with_bytes)
+                expected, found = self.compare(mode, mode, example, "outputs")
+                self._objectives[mode] = "loss" if expected.outputs.loss_name else "outputs"
+                if expected.outputs.loss_name:
+                    _, found = self.compare(f"{mode}, loss alone", mode, example, "loss")
+                self._collectives(mode, found, with_bytes=with_bytes)
                 self._other_size(mode, example)
             mode = "training" if "training" in examples else next(iter(examples))
             self._steps(mode, examples[mode], steps)
         except Stopped:
             pass
 
-    def compare(self, stage: str, mode: str, example: Example, objective: Objective) -> Run:
+    def compare(self, stage: str, mode: str, example: Example, objective: Objective) -> tuple[Run, Run]:
         """One forward and backward of both models: outputs and gradients.
 
         Returns:
-            What the parallelized model gave.
+            What the original gave, and what the parallelized model gave.
 
         Raises:
             Stopped: if it raised.
@@ -117,7 +119,7 @@ class Verification:
         differing = self._compare_runs(stage, found, expected, everything=objective == "outputs")
         if differing and self.difference is None:
             self.difference = self._locate(stage, example, objective, differing)
-        return found
+        return expected, found
 
     # runs
 
@@ -140,13 +142,15 @@ class Verification:
         """The checks that failed."""
         tolerance = self._tolerance
         outputs, whole = dict(found.outputs.values), dict(expected.outputs.values)
-        if not everything:  # logits are not gathered
-            outputs, whole = ({k: one[k] for k in one if k == "loss"} or one for one in (outputs, whole))
+        if not everything:  # other outputs, such as logits, may be cut
+            name = expected.outputs.loss_name
+            outputs, whole = (
+                {key: value for key, value in one.items() if key == name} for one in (outputs, whole)
+            )
         checks = compare_tensors(stage, "outputs", outputs, whole, tolerance, OUTPUT_FLOOR)
         parts = local_parts(self._model, expected.gradients)
-        checks += compare_tensors(
-            stage, "gradients", found.gradients, parts, tolerance, FLOOR, expected.gradients
-        )
+        sizes = {name: magnitude(one) for name, one in expected.gradients.items()}
+        checks += compare_tensors(stage, "gradients", found.gradients, parts, tolerance, FLOOR, sizes)
         merged = merge(self._exchange.gather(checks))
         if everything:
             merged += compare_kept(stage, found.outputs, expected.outputs, tolerance, self._exchange)
@@ -195,13 +199,12 @@ class Verification:
         if not steps or not parameters:
             self.notes += ["no optimizer steps were compared: no parameter wants a gradient"] if steps else []
             return
-        before = {name: one.detach().clone() for name, one in self._original.named_parameters()}
-        local = {name: one.detach().clone() for name, one in self._model.named_parameters()}
+        before = {name: one.detach().clone() for name, one in self._model.named_parameters()}
         length = float(torch.sqrt(sum((one.detach() ** 2).sum() for one in parameters)))  # type: ignore[arg-type]
         optimizers: list[torch.optim.Optimizer] = []
         for step in range(steps):
             stage = f"step {step + 1}"
-            self.compare(stage, mode, example, "loss")
+            self.compare(stage, mode, example, self._objectives[mode])
             if not optimizers:
                 # clipping has to act, and a step to be neither lost in rounding nor to blow the model up
                 norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
@@ -215,10 +218,8 @@ class Verification:
             for optimizer in optimizers:
                 optimizer.step()
         stage = f"after {steps} steps"
-        changes = {name: one.detach() - before[name] for name, one in self._original.named_parameters()}
-        found = {name: one.detach() - local[name] for name, one in self._model.named_parameters()}
-        self._compare_states(stage, "changes of parameters", found, changes)
-        self._compare_states(stage, "buffers", _buffers(self._model), _buffers(self._original))
+        self._compare_parameters(stage, before)
+        self._compare_buffers(stage)
         self._replicas(stage)
 
     def _clip(self, stage: str, limit: float) -> None:
@@ -233,11 +234,24 @@ class Verification:
         )
         self._update(stage, merge(self._exchange.gather(checks)))
 
-    def _compare_states(
-        self, stage: str, kind: str, found: Mapping[str, Tensor], whole: Mapping[str, Tensor]
-    ) -> None:
+    def _compare_parameters(self, stage: str, before: Mapping[str, Tensor]) -> None:
+        """Parameters, by the size of what the steps have changed."""
+        whole = {name: one.detach() for name, one in self._original.named_parameters()}
+        found = {name: one.detach() for name, one in self._model.named_parameters()}
         parts = local_parts(self._model, whole)
-        checks = compare_tensors(stage, kind, found, parts, self._tolerance, FLOOR, whole)
+        changes = {name: magnitude(part - before[name]) for name, part in parts.items()}
+        of_ranks = self._exchange.gather(changes)
+        sizes = {name: max(one[name] for one in of_ranks) for name in changes}
+        checks = compare_tensors(stage, "parameters", found, parts, self._tolerance, FLOOR, sizes)
+        self._update(stage, merge(self._exchange.gather(checks)))
+
+    def _compare_buffers(self, stage: str) -> None:
+        whole = _buffers(self._original)
+        parts = local_parts(self._model, whole)
+        sizes = {name: magnitude(one) for name, one in whole.items()}
+        checks = compare_tensors(
+            stage, "buffers", _buffers(self._model), parts, self._tolerance, FLOOR, sizes
+        )
         self._update(stage, merge(self._exchange.gather(checks)))
 
     def _replicas(self, stage: str) -> None:
