@@ -17,10 +17,11 @@ from colrow.localise.solve import Number, Solver
 from colrow.localise.trial import Trials
 from colrow.plan.exits import Reductions
 from colrow.plan.plan import LocalAttribute, LocalInteger
+from colrow.plan.selection import CannotPlaceError
 from colrow.plan.sites import Sites, Where
 from colrow.plan.states import States
-from colrow.trace.integers import TracedInt, origins
-from colrow.trace.records import FunctionCall
+from colrow.trace.integers import COMPARISON, Attribute, Size, TracedInt, origins
+from colrow.trace.records import Escape, FunctionCall
 from colrow.trace.tree import Path
 
 
@@ -76,22 +77,42 @@ class _Search:
             if any(abs(number) > 1 for number in integers_of(call).values()):
                 self._solve(call)
         lifted, covered = self._lift()
+        self._refuse_flips()
         integers = self._integers([call for call in self._concerned if call.index not in covered])
         return Localisation(tuple(lifted), tuple(integers))
 
     def _refuse_numeric_uses(self) -> None:
         for escape in self._trace.escapes:
+            if escape.use == COMPARISON:
+                continue
             for rank in self._ranks:
-                local = self._solver.on_rank(escape.expression, rank, {})
+                local = self._solver.on_rank(escape.expression, rank, {}, sliced=True)
                 if local != escape.expression.value:
-                    values = [
-                        self._trace.values[origin.value_index]
-                        for origin in origins(escape.expression)
-                        if hasattr(origin, "value_index")
-                    ]
-                    raise self._selection.cannot(
-                        f"the program computes with a size that would become local: {escape}", *values
-                    )
+                    raise self._refusal("the program computes with a size that would become local", escape)
+
+    def _flips(self, escape: Escape) -> bool:
+        """Whether a comparison has another outcome with what has been decided so far."""
+        if escape.use != COMPARISON:
+            return False
+        path = escape.module.path if escape.module is not None else ""
+        return any(
+            self._solver.on_rank(escape.expression, rank, self._attributes.seen_by(path, rank), sliced=True)
+            != escape.expression.value
+            for rank in self._ranks
+        )
+
+    def _refuse_flips(self) -> None:
+        for escape in self._trace.escapes:
+            if self._flips(escape):
+                raise self._refusal("the program would decide otherwise on a part", escape)
+
+    def _refusal(self, text: str, escape: Escape) -> CannotPlaceError:
+        values = [
+            self._trace.values[origin.value_index]
+            for origin in origins(escape.expression)
+            if isinstance(origin, Size)
+        ]
+        return self._selection.cannot(f"{text}: {escape}", *values)
 
     def _solve(self, call: FunctionCall) -> None:
         found = []
@@ -109,34 +130,42 @@ class _Search:
     def _lift(self) -> tuple[list[LocalAttribute], set[int]]:
         """Attributes to change, and the calls that are right then."""
         by_module: dict[str, list[FunctionCall]] = defaultdict(list)
+        flips: dict[str, list[Escape]] = defaultdict(list)
         for call in self._concerned:
             if self._solutions.needed(call):
                 by_module[call.module.path].append(call)
+        for escape in self._trace.escapes:
+            if self._flips(escape):
+                flips[escape.module.path if escape.module is not None else ""].append(escape)
         found: list[LocalAttribute] = []
         covered: set[int] = set()
-        for path, calls in by_module.items():
-            if any(call.index in covered for call in calls):
-                calls = [call for call in calls if call.index not in covered]
-            keys = self._keys(calls)
-            solution = self._attributes.solve(path, calls, keys, self._solutions.of) if keys else None
+        for path in dict.fromkeys([*by_module, *flips]):
+            calls = [call for call in by_module[path] if call.index not in covered]
+            mine = [escape for escape in flips[path] if self._flips(escape)]
+            keys = self._keys(calls, mine)
+            if not keys:
+                continue
+            solution = self._attributes.solve(path, calls, mine, keys, self._solutions.of)
             if solution is not None:
                 attributes, right = solution
                 found += attributes
                 covered |= right
         return found, covered
 
-    def _keys(self, calls: list[FunctionCall]) -> list[Key]:
-        """The attributes that the integers which must change are made of."""
-        keys: dict[Key, None] = {}
+    def _keys(self, calls: list[FunctionCall], flips: list[Escape]) -> list[Key]:
+        """The attributes that the integers which must change, or comparisons, are made of."""
+        expressions = [escape.expression for escape in flips]
         for call in calls:
             integers = integers_of(call)
-            for numbers in self._solutions.of[call.index]:
-                for path in numbers:
-                    number = integers[path]
-                    if isinstance(number, TracedInt):
-                        for origin in origins(number.expression):
-                            if not hasattr(origin, "value_index"):
-                                keys[(origin.module, origin.path)] = None
+            for path in {path for numbers in self._solutions.of[call.index] for path in numbers}:
+                number = integers[path]
+                if isinstance(number, TracedInt):
+                    expressions.append(number.expression)
+        keys: dict[Key, None] = {}
+        for expression in expressions:
+            for origin in origins(expression):
+                if isinstance(origin, Attribute):
+                    keys[(origin.module, origin.path)] = None
         return list(keys)
 
     # ---------------------------------------------------------------- calls

@@ -29,13 +29,20 @@ class Solver:
     def __init__(self, trials: Trials, values: list[Value]) -> None:
         self._trials, self._values = trials, values
 
-    def on_rank(self, expression: Expression, rank: int, environment: Environment) -> int:
-        """What an expression of sizes and attributes is on a rank, by itself."""
+    def on_rank(
+        self, expression: Expression, rank: int, environment: Environment, *, sliced: bool = False
+    ) -> int:
+        """What an expression of sizes and attributes is on a rank, by itself.
+
+        Args:
+            sliced: take values that are sliced somewhere as parts.
+        """
 
         def number(origin: Attribute | Size) -> int:
             if isinstance(origin, Attribute):
                 return environment.get((origin.module, origin.path), origin.value)
-            return self._trials.local_size(self._values[origin.value_index], origin.dimension, rank)
+            value = self._values[origin.value_index]
+            return self._trials.local_size(value, origin.dimension, rank, sliced=sliced)
 
         return evaluate(expression, number)
 

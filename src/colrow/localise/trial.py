@@ -77,9 +77,9 @@ class Trials:
             self._indices[key] = held_indices(self._selection.axes.factors, factor, self._held[rank])
         return self._indices[key]
 
-    def local_size(self, value: Value, dimension: int, rank: int) -> int:
-        """The extent of a dimension on a rank."""
-        if not self._states.is_local(value):
+    def local_size(self, value: Value, dimension: int, rank: int, *, sliced: bool = False) -> int:
+        """The extent of a dimension on a rank; with ``sliced`` also of what is sliced somewhere."""
+        if not self._states.is_local(value) and not (sliced and value.index in self._states.slices):
             return value.shape[dimension]
         kept = self.indices(value, dimension, rank)
         return value.shape[dimension] if kept is None else len(kept)

@@ -29,6 +29,7 @@ class Candidate:
         saved: elements of parameters that a rank does not hold if this is cut.
         traffic: elements communicated in a forward and backward pass, at real batch sizes.
         operations: indices of the operations that have tensors with it.
+        is_given: whether it runs through an input of the model, which ranks would have to slice.
         illegal: why it cannot be cut over this many ranks.
     """
 
@@ -38,6 +39,7 @@ class Candidate:
     saved: float = 0.0
     traffic: int = 0
     operations: frozenset[int] = frozenset()
+    is_given: bool = False
     illegal: list[Reason] = field(default_factory=list)
 
     @property
@@ -124,6 +126,7 @@ class _Search:
         candidate = Candidate(axis, None, _signature(axis), illegal=list(axis.illegal))
         candidate.saved = self._saved(axis, {axis.index: -(-axis.size // self._ranks) / axis.size})
         candidate.operations = frozenset(self._operations[axis.index])
+        candidate.is_given = any(value.source.kind == "input" for value, _ in axis.members)
         candidate.traffic = self._traffic[axis.index]
         if axis.legal and axis.size < self._ranks:
             candidate.illegal.append(

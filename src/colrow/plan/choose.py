@@ -18,8 +18,9 @@ LEAST_SAVED = 0.01
 def choose(axes: Axes, candidates: Sequence[Candidate], banned: Collection[str] = ()) -> list[Candidate]:
     """The candidates to cut, in a fixed order.
 
-    Taken by memory saved over all repeated layers, then by traffic. Ranked by the ratio of the two, the size
-    of the heads would be preferred to their number in grouped attention.
+    Taken by memory saved over all repeated layers, then by traffic; what runs through the model's inputs comes
+    last. Ranked by the ratio of memory and traffic, the size of the heads would be preferred to their number in
+    grouped attention.
 
     Args:
         axes: for the size of the model.
@@ -33,7 +34,14 @@ def choose(axes: Axes, candidates: Sequence[Candidate], banned: Collection[str] 
         groups[key(candidate)] += candidate.saved
     ordered = sorted(
         eligible,
-        key=lambda one: (-groups[key(one)], -one.saved, one.traffic, one.within is not None, one.axis.index),
+        key=lambda one: (
+            one.is_given,
+            -groups[key(one)],
+            -one.saved,
+            one.traffic,
+            one.within is not None,
+            one.axis.index,
+        ),
     )
     taken: dict[int, Candidate] = {}
     chosen = []

@@ -134,7 +134,7 @@ class FunctionMode(TorchFunctionMode):
         for operation in self.recorder.trace.operations[call.first : call.last]:
             for number in _numbers(operation):
                 for integer in integers:
-                    if number == integer:
+                    if int.__eq__(integer, number) is True or number == float(int.__index__(integer)):
                         self.recorder.escape(integer.expression, operation.name)
 
     # constants and reads

@@ -47,7 +47,7 @@ class Size:
 
 @dataclass(frozen=True, slots=True)
 class Arithmetic:
-    """``left symbol right`` for one of ``+ - * // %``."""
+    """``left symbol right`` for one of ``+ - * // %``; for a comparison, ``==`` or ``<``, 1 if it holds."""
 
     symbol: str
     left: Expression
@@ -61,6 +61,10 @@ class Arithmetic:
 Expression: TypeAlias = Literal | Attribute | Size | Arithmetic
 
 EscapeListener: TypeAlias = Callable[[Expression, str], None]
+
+
+COMPARISON = "comparison"
+"""The use of numbers that are compared; the expression is 1 if the comparison holds."""
 
 
 def evaluate(expression: Expression, number_of: Callable[[Attribute | Size], int]) -> int:
@@ -84,6 +88,10 @@ def evaluate(expression: Expression, number_of: Callable[[Attribute | Size], int
             return left * right
         case "//":
             return left // right
+        case "==":
+            return int(left == right)
+        case "<":
+            return int(left < right)
         case _:
             return left % right
 
@@ -106,6 +114,10 @@ def origins(expression: Expression) -> list[Attribute | Size]:
     if isinstance(expression, Attribute | Size):
         return [expression]
     return origins(expression.left) + origins(expression.right)
+
+
+def _less(number: int, other: int, reflected: bool) -> int:
+    return int(int.__lt__(other, number) if reflected else int.__lt__(number, other))
 
 
 class TracedInt(int):
@@ -186,6 +198,36 @@ class TracedInt(int):
 
     def __rdivmod__(self, other: Any) -> Any:
         return (other // self, other % self)
+
+    # comparisons: what the program does next may depend on them
+
+    def _compare(self, symbol: str, other: Any, outcome: Any, reflected: bool = False) -> Any:
+        if self.listener is not None and isinstance(other, int):
+            theirs = other.expression if isinstance(other, TracedInt) else Literal(int.__int__(other))
+            left, right = (theirs, self.expression) if reflected else (self.expression, theirs)
+            number = int(int.__eq__(self, other)) if symbol == "==" else _less(self, other, reflected)
+            self.listener(Arithmetic(symbol, left, right, number), COMPARISON)
+        return outcome
+
+    __hash__ = int.__hash__
+
+    def __eq__(self, other: object) -> Any:
+        return self._compare("==", other, int.__eq__(self, other))
+
+    def __ne__(self, other: object) -> Any:
+        return self._compare("==", other, int.__ne__(self, other))
+
+    def __lt__(self, other: Any) -> Any:
+        return self._compare("<", other, int.__lt__(self, other))
+
+    def __ge__(self, other: Any) -> Any:
+        return self._compare("<", other, int.__ge__(self, other))
+
+    def __gt__(self, other: Any) -> Any:
+        return self._compare("<", other, int.__gt__(self, other), reflected=True)
+
+    def __le__(self, other: Any) -> Any:
+        return self._compare("<", other, int.__le__(self, other), reflected=True)
 
     def __neg__(self) -> int:
         return 0 - self

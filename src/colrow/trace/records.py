@@ -197,7 +197,7 @@ class Escape:
 
     Attributes:
         expression: where the integer came from.
-        use: the operation: ``/``, ``**``, ``float()``, ``torch.tensor``, ``aten.mul``.
+        use: the operation: ``/``, ``**``, ``float()``, ``torch.tensor``, ``aten.mul``, ``comparison``.
         module: the module call it happened in.
         site: the innermost place outside torch.
     """
