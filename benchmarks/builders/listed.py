@@ -75,7 +75,9 @@ PLAIN: dict[str, tuple[Callable[[], nn.Module], Callable[[], Inputs]]] = {
     "expert-loop": (plain.Experts, lambda: {"ids": small.ids()}),
 }
 
-REAL = {"minilm": MINILM, "smollm2": SMOLLM2, "smollm2:labels": SMOLLM2}
+REAL = {"minilm": MINILM, "smollm2": SMOLLM2, "smollm2:labels": SMOLLM2, "smollm2-whole": SMOLLM2}
+FIRST_LAYERS = 6
+"""Of the 30 of SmolLM2, all of which take some 15 GB to verify in float64."""
 
 
 def names() -> list[str]:
@@ -139,7 +141,8 @@ def _real(name: str) -> tuple[nn.Module, Inputs]:
         return model.eval(), {"input_ids": ids, "attention_mask": small.padding()}
     from colrow.generation.smollm2 import smollm2_folder
 
-    model = AutoModelForCausalLM.from_pretrained(smollm2_folder(), local_files_only=True)
+    layers = {} if name.startswith("smollm2-whole") else {"num_hidden_layers": FIRST_LAYERS}
+    model = AutoModelForCausalLM.from_pretrained(smollm2_folder(), local_files_only=True, **layers)
     ids = torch.randint(100, 40000, (small.BATCH, small.SEQUENCE))
     inputs = {"input_ids": ids, "use_cache": False}
     return model.eval(), {**inputs, "labels": ids} if name.endswith(":labels") else inputs
