@@ -81,7 +81,9 @@ def local_parts(model: nn.Module, whole: Mapping[str, Tensor]) -> dict[str, Tens
     parts = {}
     for name, tensor in whole.items():
         layout = state.layouts.get(name) or state.plan.tensor_layout(name, tuple(tensor.shape))
-        parts[name] = layout.slice(tensor.detach(), state.communicator.rank)
+        whole_tensor = tensor.detach()
+        rank = state.communicator.rank
+        parts[name] = layout.slice(whole_tensor, rank) if layout.is_sharded else whole_tensor
     return parts
 
 
