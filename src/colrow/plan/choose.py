@@ -12,15 +12,15 @@ from colrow.layout import Cut
 from colrow.plan.candidates import Candidate
 
 #: What saves less than this share of all parameters, over all repeated layers, is not worth a collective.
-LEAST_SAVED = 0.01
+LEAST_SAVED = 0.004
 
 
 def choose(axes: Axes, candidates: Sequence[Candidate], banned: Collection[str] = ()) -> list[Candidate]:
     """The candidates to cut, in a fixed order.
 
-    Taken by memory saved over all repeated layers, then by traffic; what runs through the model's inputs comes
-    last. Ranked by the ratio of memory and traffic, the size of the heads would be preferred to their number in
-    grouped attention.
+    Taken by memory saved over all repeated layers, then by traffic; what runs through the model's inputs is
+    taken last. Ranked by the ratio of memory and traffic, the size of the heads would be preferred to their
+    number in grouped attention.
 
     Args:
         axes: for the size of the model.

@@ -7,8 +7,10 @@ plan's notes, and the rest is done again.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 
 from torch import nn
 
@@ -202,21 +204,32 @@ class _Derivation:
         return parameters, buffers
 
     def _notes(self, selection: Selection) -> list[str]:
-        """What stays whole, and why: by kind, largest first."""
-        taken = {id(one.candidate) for one in selection.chosen}
+        """What stays whole, why, and what that costs; the largest first."""
+        total = sum(
+            prod(value.shape) for value in self._axes.trace.values if value.source.kind == "parameter"
+        )
         covered = {name for one in selection.chosen for name, _ in one.candidate.outer.parameters}
-        notes = [f"{label} stays whole: {reason}" for label, reason in self._banned.items()]
+        sizes: dict[str, int] = defaultdict(int)
+        reasons: dict[str, Reason] = {}
+        counted: set[tuple[str, str]] = set()
         for candidate in self._candidates:
-            left = [name for name, _ in candidate.outer.parameters if name not in covered]
-            if id(candidate) in taken or not left or not candidate.illegal:
+            label = key(candidate)
+            reason = self._banned.get(label) or next(iter(candidate.illegal), None)
+            if reason is None:
                 continue
-            note = f"{key(candidate)} stays whole: {candidate.illegal[0]}"
-            if note not in notes:
-                notes.append(note)
+            for value, _ in candidate.outer.members:
+                name = value.source.name
+                if value.source.kind == "parameter" and name not in covered and (label, name) not in counted:
+                    counted.add((label, name))
+                    sizes[label] += prod(value.shape)
+                    reasons.setdefault(label, reason)
+        notes = [
+            f"{label} stays whole, with {sizes[label] / total:.2%} of all parameters: {reasons[label]}"
+            for label in sorted(sizes, key=lambda one: -sizes[one])
+        ]
         for name, operations in self._axes.unknown.items():
             notes.append(f"no rule for {name} ({len(operations)} times): its dimensions stay whole")
-        notes += self._axes.trace.warnings
-        return notes
+        return notes + self._axes.trace.warnings
 
 
 def _named_tensors(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
