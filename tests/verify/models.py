@@ -87,16 +87,32 @@ def tokens(rows: int = 2, length: int = 9) -> dict[str, Tensor]:
     return {"input_ids": ids, "labels": labels, "attention_mask": mask}
 
 
-class Perceptron(nn.Module):
-    """Two linear layers, batch normalisation between them, dropout of two kinds."""
+class Bare(nn.Module):
+    """Two matrices and biases of its own, added by hand; what is added last is added to a sum."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.first = nn.Linear(6, 10)
-        self.norm = nn.BatchNorm1d(10)
-        self.drop = nn.Dropout(0.5)
-        self.second = nn.Linear(10, 5)
+        self.up, self.down = nn.Parameter(torch.randn(8, 22)), nn.Parameter(torch.randn(22, 8))
+        self.inner, self.outer = nn.Parameter(torch.randn(22)), nn.Parameter(torch.randn(8))
+        self.scale = nn.Parameter(torch.rand(1))
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = F.dropout(self.norm(self.first(x)), 0.5, self.training)
-        return self.second(self.drop(F.gelu(hidden)))  # type: ignore[no-any-return]
+        hidden = F.gelu(x @ self.up + self.inner) * self.scale
+        return hidden @ self.down + self.outer
+
+
+class Bricks(nn.Module):
+    """Two bare layers with residuals between two linear ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(5, 8)
+        self.bricks = nn.ModuleList(Bare() for _ in range(2))
+        self.norm = nn.LayerNorm(8)
+        self.last = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for brick in self.bricks:
+            x = x + brick(self.norm(x))
+        return self.last(x)  # type: ignore[no-any-return]

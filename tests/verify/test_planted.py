@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from colrow.plan import BERT, GPT2, LLAMA, HandPlan, Plan, column
+from colrow.plan.derive import derive_plan
+from colrow.trace import Example
 from colrow.verify import Report, verify_on_ranks
 from tests.pool import Pool, worker_mesh
 from tests.verify import models
@@ -135,3 +137,42 @@ def test_an_error_that_only_the_parallelized_model_raises(ranks: Callable[[int],
         assert "ValueError: this projection does not like its input" in difference.detail
         assert difference.place.startswith("test_planted.py:")
         assert "DIFFERENT" in str(report)
+
+
+def _derived(size: int, kind: str, index: int) -> Report:
+    """The derived plan, without one of its actions."""
+    x = torch.randn(4, 7, 5, generator=torch.Generator().manual_seed(0))
+    plan = derive_plan(models.Bricks(), {"training": Example((x,))}, size)
+    if kind:
+        actions = list(getattr(plan, kind))
+        del actions[index]
+        plan = replace(plan, **{kind: tuple(actions)}, prediction=None)
+    return verify_on_ranks(models.Bricks, Example((x,)), worker_mesh(size), plan, steps=1)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize(
+    ("kind", "index", "direction", "module", "detail"),
+    [
+        ("entries", 1, "backward", "bricks.1", "a sum over the ranks that is pending"),
+        ("exits", 1, "forward", "bricks.1", "pending where add at models.py"),
+        ("gathers", 0, "forward", "", "instead of [4, 7, 3]"),
+        ("partial_parameters", 1, "backward", "bricks.1", "the parameter bricks.1.scale"),
+        ("once_parameters", 1, "forward", "bricks.1", "computed from"),
+    ],
+)
+def test_an_action_of_a_derived_plan_dropped(
+    ranks: Callable[[int], Pool], size: int, kind: str, index: int, direction: str, module: str, detail: str
+) -> None:
+    for report in ranks(size).run(_derived, size, kind, index):
+        difference = report.difference
+        assert difference is not None
+        assert (difference.direction, difference.module) == (direction, module), str(difference)
+        assert detail in difference.detail
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_a_derived_plan_is_equal(ranks: Callable[[int], Pool], size: int) -> None:
+    for report in ranks(size).run(_derived, size, "", 0):
+        assert report.passed, str(report)
+        assert any(check.kind == "collectives" for check in report.checks) or size == 1

@@ -70,6 +70,7 @@ def compare_kept(
             )
             continue
         relation = relate(exchange.gather(found.kept[name].detach()), whole.detach(), tolerance)
+        relation = exchange.gather(relation)[0]
         error = relation.error if relation.kind in ("whole", "cut") else MISSING
         checks.append(Check(stage, "cache", name, error, tolerance))
     return checks

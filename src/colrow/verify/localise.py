@@ -148,8 +148,23 @@ class Localiser:
             pair = self._pair(index, direction)
             assert pair is not None  # else it would be known
             parts = self._exchange.gather(pair[1])
-            self._relations[key] = relate(parts, pair[0], self._tolerance, self._floors[direction])
+            relation = relate(parts, pair[0], self._tolerance, self._floors[direction])
+            # all ranks must go the same way, even where a program reads memory that it has not written
+            relation = self._exchange.gather(relation)[0]
+            is_other = direction == "backward" and relation.kind == "none" and self._is_aside(index)
+            self._relations[key] = None if is_other else relation
         return self._relations[key]
+
+    def _is_aside(self, index: int) -> bool:
+        """Whether the cut model has another tensor here than where the whole one's tensor was made.
+
+        So it is behind an entry: then the gradient is that of some of the tensor's uses only.
+        """
+        same = self._same_tensor[id(self._events[index].gradient)]
+        counterparts = [self._counterparts[one] for one in same]
+        first = next(one for one in counterparts if one is not None)
+        own = self._counterparts[index]
+        return own is not None and own.gradient is not first.gradient
 
     def _kind(self, index: int, direction: Direction) -> str:
         relation = self._relation(index, direction)

@@ -21,6 +21,9 @@ from colrow.trace.functions import opened
 from colrow.trace.tree import tensors_by_path, tensors_of
 from colrow.verify.place import Place, caller, is_of_colrow, user_place
 
+_UNWRITTEN = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
+"""Calls whose results are whatever the memory held."""
+
 
 @dataclass
 class Gradient:
@@ -112,6 +115,7 @@ class _Recorder(TorchFunctionMode):
         self._alive: list[Tensor] = []  # as long as their identities are used below
         self._latest: dict[int, int] = {}
         self._gradients: dict[tuple[int, int, bool], Gradient] = {}
+        self._unwritten: set[int] = set()
 
     def enter_module(self, path: str) -> Any:
         """The hook for the begin of a module's forward."""
@@ -158,12 +162,19 @@ class _Recorder(TorchFunctionMode):
             name = getattr(function.__self__, "__name__", name)
             if name in ("grad", "data"):
                 return
+        if name in _UNWRITTEN:
+            self._alive.append(result)
+            self._unwritten.add(_memory(result))
+            return
         results = [args[0]] if name == "__setitem__" else tensors_of(result)
         # a call that returns its argument, as `to` and `contiguous` may, makes nothing new
         results = [
             one for one in results if (id(one), one._version, one.requires_grad) not in self._gradients
         ]
         results = [one for one in results if one.is_floating_point() or one.is_complex()]
+        # views of memory that is written part by part; what is written is seen
+        written = args[0] if args else None
+        results = [one for one in results if one is written or _memory(one) not in self._unwritten]
         if not results:
             return
         running, place = self._running[-1], caller(function)
@@ -212,3 +223,8 @@ class _Recorder(TorchFunctionMode):
 
                 tensor.register_hook(keep)
         return self._gradients[version]
+
+
+def _memory(tensor: Tensor) -> int:
+    """Tells tensors that share memory from others."""
+    return tensor.untyped_storage().data_ptr()

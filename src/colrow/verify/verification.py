@@ -292,14 +292,15 @@ class Verification:
             return self._raised(stage, raised)
         localiser = Localiser(expected, found, self._original, self._exchange, self._tolerance, largest)
         gradients = [check.name for check in failed if check.kind == "gradients"]
-        difference = localiser.forward() if len(gradients) < len(failed) else None
-        difference = difference or localiser.backward(gradients) or localiser.forward()
+        values = [check for check in failed if check.kind != "gradients"]
+        difference = localiser.forward() if values else localiser.backward(gradients) or localiser.forward()
         if difference is None:
-            direction: Literal["forward", "backward"] = (
-                "backward" if len(gradients) == len(failed) else "forward"
-            )
-            detail = f"no value on the way differs; of the results {failed[0].name} does"
-            difference = Difference(direction, "", "", error=largest, detail=detail)
+            # nothing on the way: a part is returned where all was, or an error below what is sought for
+            direction: Literal["forward", "backward"] = "forward" if values else "backward"
+            first = (values or failed)[0]
+            detail = f"{first.kind}: {first.name}" + (f": {first.note}" if first.note else "")
+            kind = type(self._original).__name__
+            difference = Difference(direction, "", kind, error=first.error, detail=detail)
         return replace(difference, stage=stage)
 
     def _raised(self, stage: str, failed: RunRaised) -> Difference:
