@@ -1,6 +1,6 @@
 """Tensor parallelism for PyTorch that derives, proves and predicts."""
 
-from colrow.apply import ShardedLogits, parallelize
+from colrow.apply import ShardedLogits, parallelize, unshard
 from colrow.axes import rule
 from colrow.checkpoint import load_optimizer, load_pretrained, save_optimizer, save_pretrained
 from colrow.collectives import comm_stats, reset_comm_stats
@@ -40,4 +40,5 @@ __all__ = [
     "save_optimizer",
     "save_pretrained",
     "state_of",
+    "unshard",
 ]

@@ -71,6 +71,11 @@ def attach_state(model: nn.Module, state: ParallelState) -> None:
     setattr(model, _ATTRIBUTE, state)
 
 
+def detach_state(model: nn.Module) -> None:
+    """Forget what :func:`attach_state` kept: the model is no longer parallelized."""
+    delattr(model, _ATTRIBUTE)
+
+
 def parallel_module(model: nn.Module) -> nn.Module:
     """The module that was parallelized: ``model`` itself, or what a wrapper (DDP, PEFT, compile) holds.
 

@@ -1,50 +1,59 @@
-"""Taking back what was done to a model."""
+"""Taking back what was done to a model's modules."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
+from torch import nn
+
 _MISSING = object()
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+)
 
 
 class Undo:
-    """What has to be done, in reverse order, to have everything as it was."""
+    """What changed in the modules of a model between two moments, and how it was before.
 
-    def __init__(self) -> None:
-        self._steps: list[Callable[[], None]] = []
+    Everything is kept by the path of the module, so that a copy of the model can be put back as well.
 
-    def add(self, step: Callable[[], None]) -> None:
-        """Remember one step."""
-        self._steps.append(step)
+    Args:
+        model: as it is before it is changed.
+    """
 
-    def set(self, owner: Any, name: str, value: Any) -> None:
-        """Set an attribute of an object itself, and remember what it was."""
-        before = vars(owner).get(name, _MISSING)
+    def __init__(self, model: nn.Module) -> None:
+        self._classes: dict[str, type[nn.Module]] = {}
+        self._attributes: dict[str, dict[str, Any]] = {}
+        self._hooks: dict[str, dict[str, set[int]]] = {}
+        for path, module in model.named_modules():
+            self._classes[path] = type(module)
+            self._attributes[path] = dict(vars(module))
+            self._hooks[path] = {name: set(vars(module)[name]) for name in _HOOKS}
 
-        def restore() -> None:
-            if before is _MISSING:
-                delattr(owner, name)
-            else:
-                setattr(owner, name, before)
+    def seal(self, model: nn.Module) -> None:
+        """The model has been changed: from now on only these changes are known."""
+        for path, module in model.named_modules():
+            before = self._attributes[path]
+            now = vars(module)
+            changed = {name for name in before.keys() | now.keys() if before.get(name) is not now.get(name)}
+            self._attributes[path] = {name: before.get(name, _MISSING) for name in changed}
+            self._hooks[path] = {name: set(now[name]) - self._hooks[path][name] for name in _HOOKS}
 
-        setattr(owner, name, value)
-        self.add(restore)
-
-    def keep(self, owner: Any) -> None:
-        """Remember the class and all plain attributes of a module, whatever is going to happen to them."""
-        before_class = owner.__class__
-        before = dict(vars(owner))
-
-        def restore() -> None:
-            owner.__class__ = before_class
-            for name in set(vars(owner)) - set(before):
-                del vars(owner)[name]
-            vars(owner).update(before)
-
-        self.add(restore)
-
-    def run(self) -> None:
-        """Take everything back, last first."""
-        while self._steps:
-            self._steps.pop()()
+    def run(self, model: nn.Module) -> None:
+        """Put the model, or a copy of it, back as it was; what others have changed since stays."""
+        for path, module in model.named_modules():
+            if path not in self._classes:
+                continue
+            module.__class__ = self._classes[path]
+            for name, value in self._attributes[path].items():
+                if value is _MISSING:
+                    vars(module).pop(name, None)
+                else:
+                    vars(module)[name] = value
+            for name, added in self._hooks[path].items():
+                for key in added:
+                    vars(module)[name].pop(key, None)

@@ -2,5 +2,6 @@
 
 from colrow.apply.loss import ShardedLogits
 from colrow.apply.parallelize import parallelize
+from colrow.apply.unshard import unshard
 
-__all__ = ["ShardedLogits", "parallelize"]
+__all__ = ["ShardedLogits", "parallelize", "unshard"]

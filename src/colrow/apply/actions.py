@@ -14,10 +14,9 @@ from colrow.apply.loss import ParallelLoss
 from colrow.apply.parts import Part, TakePart, TakeWhole
 from colrow.apply.regions import Scope, find_regions
 from colrow.apply.shadow import Shadow
-from colrow.apply.shared import SharedGradient
+from colrow.apply.shared import SharedPart
 from colrow.apply.values import Change, ModuleTable
 from colrow.collectives import AllReduce, Communicator, Enter, FirstRankOnly
-from colrow.collectives.typed import Collective
 from colrow.layers import SharedEntry, VocabParallelEmbedding, column_parallel, lookup, row_parallel
 from colrow.layers.linear import ColumnParallel, RowParallel
 from colrow.layout import Cut
@@ -36,27 +35,31 @@ from colrow.plan import (
 from colrow.randomness import RegionRandomness
 from colrow.undo import Undo
 
+_SIZES = ("in_features", "out_features", "nf", "nx", "num_embeddings")
+
 
 class Applier:
     """Does what ``plan`` says to ``model`` on one rank."""
 
     def __init__(self, model: nn.Module, ranks: Communicator, plan: Plan) -> None:
         self._model, self._ranks, self._plan = model, ranks, plan
-        self._undo = Undo()
+        self._undo = Undo(model)
         self._modules, self._calls = ModuleTable(model), CallTable(model)
         self._region = RegionRandomness(ranks)
 
     def apply(self, gather_logits: bool) -> Undo:
         """Do it; what is returned takes it back, but for the parameters' data."""
         plan = self._plan
-        for module in self._model.modules():
-            # layers that become parallel ones, and all attributes that are made local
-            self._undo.keep(module)
+        sizes = {id(module): _sizes(module) for module in self._model.modules()}
         entries = self._entries()
         for exit in plan.exits:
             self._exit(exit.place)
         for lookup_ in plan.lookups:
             self._lookup(lookup_.place, lookup_.axis)
+        if not plan.by_hand:
+            # other code may read them: the plan says which numbers become local
+            for module in self._model.modules():
+                vars(module).update(sizes[id(module)])
         if plan.by_hand:
             self._regions(entries)
         self._shard()
@@ -75,10 +78,11 @@ class Applier:
             changes.integers.append((integer.place.path, change))
         for own in plan.randomness:
             self._own_randomness(own.module, own.whole)
-        self._modules.attach(self._undo)
-        self._calls.attach(self._undo)
+        self._modules.attach()
+        self._calls.attach()
         if plan.loss is not None:
             self._loss(gather_logits)
+        self._undo.seal(self._model)
         return self._undo
 
     # ---------------------------------------------------------------- parameters
@@ -87,47 +91,42 @@ class Applier:
         """Cut what no layer has cut: the model's own code reads it as it is."""
         plan = self._plan
         named: dict[str, Tensor] = dict(self._model.named_parameters(remove_duplicate=False))
-        for name, sharding in plan.parameters.items():
+        for name in plan.parameters:
             parameter = named[name]
             layout = plan.tensor_layout(name, plan.shapes[name])
             if tuple(parameter.shape) == layout.shape != layout.local_shape(self._ranks.rank):
                 parameter.data = layout.slice(parameter.data, self._ranks.rank)
                 parameter.grad = None
-            cut = plan.axes[sharding.axis].cut
-            if sharding.layout.is_shared(cut):
-                label = f"parameter {name}"
-                shared = SharedGradient(self._ranks, label, sharding.dimension, sharding.layout, cut)
-                if name == next(one for one in named if named[one] is parameter):
-                    shared.attach(cast(nn.Parameter, parameter), self._undo)
         for name in plan.buffers:
             path, _, leaf = name.rpartition(".")
             module = self._model.get_submodule(path)
             buffer = cast(Tensor, getattr(module, leaf))
             layout = plan.tensor_layout(name, tuple(buffer.shape))
-            self._set_tensor(module, leaf, layout.slice(buffer, self._ranks.rank))
-        for path, module in self._model.named_modules():
-            if type(module) is nn.Linear and f"{path}.weight" in plan.parameters:
-                module.out_features, module.in_features = module.weight.shape
-
-    def _set_tensor(self, module: nn.Module, name: str, tensor: Tensor) -> None:
-        before = getattr(module, name)
-        setattr(module, name, tensor)
-        self._undo.add(lambda: setattr(module, name, before))
+            setattr(module, leaf, layout.slice(buffer, self._ranks.rank))
 
     def _parameters(self) -> None:
         """Replicated parameters whose gradients are summed, or that one rank adds."""
-        found: dict[str, list[tuple[nn.Module, str, Collective]]] = defaultdict(list)
+        found: dict[str, list[tuple[nn.Module, str, Change]]] = defaultdict(list)
         for partial in self._plan.partial_parameters:
-            found[partial.reader].append(self._held(partial.name, Enter(self._ranks, _of(partial.name))))
+            found[partial.reader].append(self._held(partial.name, self._summing(partial.name)))
         for once in self._plan.once_parameters:
-            collective = FirstRankOnly(self._ranks, _of(once.name), "I")
+            collective = FirstRankOnly(self._ranks, f"parameter {once.name}", "I")
             found[once.reader].append(self._held(once.name, collective))
         for reader, parameters in found.items():
-            Shadow(parameters).attach(self._model.get_submodule(reader), self._undo)
+            Shadow(parameters).attach(self._model.get_submodule(reader))
 
-    def _held(self, name: str, collective: Collective) -> tuple[nn.Module, str, Collective]:
+    def _summing(self, name: str) -> Change:
+        """What sums a parameter's gradient: over all ranks, or over those that share parts of it."""
+        label = f"parameter {name}"
+        sharding = self._plan.parameters.get(name)
+        if sharding is None:
+            return Enter(self._ranks, label)
+        cut = self._plan.axes[sharding.axis].cut
+        return SharedPart(self._ranks, label, sharding.dimension, sharding.layout, cut)
+
+    def _held(self, name: str, change: Change) -> tuple[nn.Module, str, Change]:
         path, _, leaf = name.rpartition(".")
-        return self._model.get_submodule(path), leaf, collective
+        return self._model.get_submodule(path), leaf, change
 
     # ---------------------------------------------------------------- regions
 
@@ -209,7 +208,7 @@ class Applier:
     def _own_randomness(self, path: str, whole: tuple[str, ...]) -> None:
         module = self._model.get_submodule(path)
         scope = OwnScope(path or "the model", self._region)
-        scope.attach(module, [self._model.get_submodule(one) for one in whole], self._undo)
+        scope.attach(module, [self._model.get_submodule(one) for one in whole])
 
     # ---------------------------------------------------------------- values and numbers
 
@@ -257,13 +256,13 @@ class OwnScope:
     def __init__(self, name: str, randomness: RegionRandomness) -> None:
         self._name, self._randomness = name, randomness
 
-    def attach(self, module: nn.Module, whole: list[nn.Module], undo: Undo) -> None:
+    def attach(self, module: nn.Module, whole: list[nn.Module]) -> None:
         """Hook the modules."""
-        undo.add(module.register_forward_pre_hook(self._begin).remove)
-        undo.add(module.register_forward_hook(self._end, always_call=True).remove)
+        module.register_forward_pre_hook(self._begin)
+        module.register_forward_hook(self._end, always_call=True)
         for inner in whole:
-            undo.add(inner.register_forward_pre_hook(self._pause).remove)
-            undo.add(inner.register_forward_hook(self._resume, always_call=True).remove)
+            inner.register_forward_pre_hook(self._pause)
+            inner.register_forward_hook(self._resume, always_call=True)
 
     def _begin(self, module: nn.Module, arguments: Any) -> None:
         is_training = module.training or any(child.training for child in module.modules())
@@ -282,12 +281,13 @@ class OwnScope:
         self._randomness.resume()
 
 
+def _sizes(module: nn.Module) -> dict[str, Any]:
+    """The numbers by which a layer knows its size."""
+    return {name: vars(module)[name] for name in _SIZES if name in vars(module)}
+
+
 def _device(module: nn.Module, arguments: Any) -> torch.device:
     """Where a module computes."""
     for tensor in [*module.parameters(), *(one for one in arguments if isinstance(one, Tensor))]:
         return tensor.device
     return torch.get_default_device()
-
-
-def _of(name: str) -> str:
-    return f"parameter {name}"

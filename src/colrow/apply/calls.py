@@ -10,9 +10,11 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import wraps
 from types import CodeType, FunctionType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -22,7 +24,6 @@ from colrow.localise.arguments import replaced
 from colrow.plan.places import Call, Path
 from colrow.trace.functions import opened
 from colrow.trace.sites import call_site
-from colrow.undo import Undo
 
 Replacement = Callable[..., Any]
 
@@ -79,7 +80,7 @@ class ModuleCalls:
         """Do something whenever the module's forward has ended."""
         self._after.append(action)
 
-    def attach(self, undo: Undo) -> None:
+    def attach(self) -> None:
         """Run the module's forward under the mode.
 
         Raises:
@@ -90,6 +91,10 @@ class ModuleCalls:
         mode = _Mode(self._changes)
         original, after = self._module.forward, self._after
 
+        # torch.compile cannot see where a call stands: it leaves this module's forward to Python. The signature
+        # stays that of the original, which others ask for the names of arguments.
+        @torch.compiler.disable  # type: ignore[untyped-decorator]
+        @wraps(original)
         def forward(*arguments: Any, **keywords: Any) -> Any:
             mode.passes.clear()
             try:
@@ -99,7 +104,7 @@ class ModuleCalls:
                 for action in after:
                     action()
 
-        undo.set(self._module, "forward", forward)
+        self._module.forward = forward
 
 
 class _Mode(TorchFunctionMode):
@@ -204,10 +209,10 @@ class CallTable:
             self._modules[path] = ModuleCalls(path, module)
         return self._modules[path]
 
-    def attach(self, undo: Undo) -> None:
+    def attach(self) -> None:
         """Let all modules run under their modes."""
         for calls in self._modules.values():
-            calls.attach(undo)
+            calls.attach()
 
 
 def local_number(given: int, wanted: int | tuple[int, ...], place: object) -> Callable[[Any], Any]:

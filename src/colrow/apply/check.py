@@ -46,8 +46,9 @@ def check_plan(plan: Plan, model: nn.Module) -> dict[str, TensorLayout]:
         if fault and isinstance(lookup.place, ModuleOutput):
             raise PlanError(lookup.module, fault, "Leave it out of the plan.")
     for partial in plan.partial_parameters:
-        if partial.name not in shapes or layouts[partial.name].is_sharded:
-            raise PlanError(partial.name, "it is not a replicated parameter of the model", _NEW)
+        layout = layouts.get(partial.name)
+        if layout is None or (layout.is_sharded and not layout.is_shared):
+            raise PlanError(partial.name, "it is not a replicated or shared parameter of the model", _NEW)
     for attribute in plan.attributes:
         _check_attribute(attribute, plan, modules)
     if plan.loss is not None:

@@ -7,12 +7,11 @@ from typing import Any
 
 from torch import nn
 
-from colrow.collectives.typed import Collective
-from colrow.undo import Undo
+from colrow.apply.values import Change
 
 
 class Shadow:
-    """Passes replicated parameters through collectives while a module reads them.
+    """Passes parameters through collectives while a module reads them.
 
     Inside a region each rank sees a parameter meet its own part of the data only: its gradient is partial, so
     the parameter has to be entered. A parameter that is added to a partial sum is added by one rank. During
@@ -20,21 +19,21 @@ class Shadow:
     and checkpoints see the parameter.
 
     Args:
-        parameters: of each parameter the module that holds it, its name there and the collective.
+        parameters: of each parameter the module that holds it, its name there and what it passes through.
     """
 
-    def __init__(self, parameters: Sequence[tuple[nn.Module, str, Collective]]) -> None:
+    def __init__(self, parameters: Sequence[tuple[nn.Module, str, Change]]) -> None:
         self._parameters = tuple(parameters)
 
-    def attach(self, reader: nn.Module, undo: Undo) -> None:
+    def attach(self, reader: nn.Module) -> None:
         """Hook the module that reads them."""
-        undo.add(reader.register_forward_pre_hook(self._shadow).remove)
-        undo.add(reader.register_forward_hook(self._restore, always_call=True).remove)
+        reader.register_forward_pre_hook(self._shadow)
+        reader.register_forward_hook(self._restore, always_call=True)
 
     def _shadow(self, module: nn.Module, arguments: Any) -> None:
-        for holder, name, collective in self._parameters:
+        for holder, name, change in self._parameters:
             # an instance attribute is found before a registered parameter
-            holder.__dict__[name] = collective(holder._parameters[name])  # type: ignore[arg-type]
+            holder.__dict__[name] = change(holder._parameters[name])  # type: ignore[arg-type]
 
     def _restore(self, module: nn.Module, arguments: Any, output: Any) -> None:
         for holder, name, _ in self._parameters:

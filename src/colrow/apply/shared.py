@@ -7,42 +7,61 @@ partial: it is summed over just those ranks.
 from __future__ import annotations
 
 from collections import defaultdict
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from colrow.collectives import Communicator
 from colrow.layout import Cut, DimensionLayout
-from colrow.undo import Undo
 
 
-class SharedGradient:
-    """Sums the gradient of a parameter where several ranks hold the same indices of one dimension."""
+class SharedPart:
+    """Passes a parameter on; sums its gradient where several ranks hold the same indices of a dimension.
+
+    Args:
+        ranks: the tensor-parallel group.
+        label: names the reduction in errors and statistics.
+        dimension: of the parameter that is cut.
+        layout, cut: how it is cut.
+    """
 
     def __init__(
         self, ranks: Communicator, label: str, dimension: int, layout: DimensionLayout, cut: Cut
     ) -> None:
-        self._label, self._dimension = label, dimension
+        self.label, self.dimension = label, dimension
         held: dict[tuple[int, ...], list[Tensor]] = defaultdict(list)
-        mine = torch.cat([torch.arange(*pair) for pair in layout.ranges(cut, ranks.rank)])
+        pieces = [torch.arange(*pair) for pair in layout.ranges(cut, ranks.rank)]
+        mine = torch.cat(pieces) if pieces else torch.arange(0)
         for (low, high), members in layout.shared(cut):
             if ranks.rank in members:
                 held[members].append(((mine >= low) & (mine < high)).nonzero().flatten())
         # in the same order on all ranks: several groups of one rank must not wait for each other
-        self._groups = [
+        self.groups = [
             (ranks.subgroup(members), torch.cat(indices)) for members, indices in sorted(held.items())
         ]
 
-    def attach(self, parameter: nn.Parameter, undo: Undo) -> None:
-        """Hook the parameter, if this rank shares any of it."""
-        if self._groups and parameter.requires_grad:
-            undo.add(parameter.register_hook(self._sum).remove)
+    def __call__(self, parameter: Tensor) -> Tensor:
+        """The parameter, entered."""
+        if not self.groups or not (parameter.requires_grad and torch.is_grad_enabled()):
+            return parameter
+        return _SumShared.apply(parameter, self)
 
-    def _sum(self, gradient: Tensor) -> Tensor:
+
+class _SumShared(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor, shared: SharedPart) -> Tensor:
+        ctx.shared = shared
+        return parameter.view_as(parameter)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        shared = ctx.shared
         gradient = gradient.clone()
-        for group, indices in self._groups:
+        for group, indices in shared.groups:
             indices = indices.to(gradient.device)
-            part = gradient.index_select(self._dimension, indices)
-            summed = group.start_all_reduce(part, label=self._label, owned=True).wait()
-            gradient.index_copy_(self._dimension, indices, summed)
-        return gradient
+            part = gradient.index_select(shared.dimension, indices)
+            summed = group.start_all_reduce(part, label=shared.label, owned=True).wait()
+            gradient.index_copy_(shared.dimension, indices, summed)
+        return gradient, None

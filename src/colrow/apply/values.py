@@ -7,12 +7,10 @@ import inspect
 from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any, TypeAlias
 
-import torch
 from torch import Tensor, nn
 
 from colrow.errors import PlanError
 from colrow.plan.places import Path
-from colrow.undo import Undo
 
 Change: TypeAlias = Callable[[Tensor], Tensor]
 
@@ -43,26 +41,12 @@ class ModuleChanges:
             return first, names[first] if first < len(names) else None
         return (names.index(first) if first in names else None), first
 
-    def attach(self, undo: Undo) -> None:
+    def attach(self) -> None:
         """Hook the module."""
         if self._inputs:
-            simple = all(not rest and name is None for _, name, rest, _ in self._inputs)
-            handle = (
-                self._module.register_forward_pre_hook(self._before_plain)
-                if simple
-                else self._module.register_forward_pre_hook(self._before, with_kwargs=True)
-            )
-            undo.add(handle.remove)
+            self._module.register_forward_pre_hook(self._before, with_kwargs=True)
         if self._outputs:
-            undo.add(self._module.register_forward_hook(self._after).remove)
-
-    def _before_plain(self, module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        changed = list(arguments)
-        for position, _, _, change in self._inputs:
-            assert position is not None
-            if isinstance(changed[position], Tensor):
-                changed[position] = change(changed[position])
-        return tuple(changed)
+            self._module.register_forward_hook(self._after)
 
     def _before(
         self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]
@@ -135,16 +119,7 @@ class ModuleTable:
             self._changes[path] = ModuleChanges(path, module)
         return self._changes[path]
 
-    def attach(self, undo: Undo) -> None:
+    def attach(self) -> None:
         """Hook all modules."""
         for changes in self._changes.values():
-            changes.attach(undo)
-
-
-def only_with_gradient(change: Change) -> Change:
-    """The change, made only where a gradient will come back."""
-
-    def change_if_needed(value: Tensor) -> Tensor:
-        return change(value) if value.requires_grad and torch.is_grad_enabled() else value
-
-    return change_if_needed
+            changes.attach()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from math import prod
+from textwrap import wrap
 from typing import TYPE_CHECKING
 
 from colrow.plan.patterns import Merged, merge, merge_texts
@@ -13,6 +14,9 @@ from colrow.plan.text import columns, counts, shape, size
 
 if TYPE_CHECKING:
     from colrow.plan.plan import Axis, Entry, Plan, Sharding
+
+WIDTH = 120
+"""Notes are broken into lines of so many characters."""
 
 
 def explain(plan: Plan) -> str:
@@ -24,11 +28,20 @@ def explain(plan: Plan) -> str:
         ("collectives", _collectives(plan)),
         ("actions", _actions(plan)),
         ("numbers that become each rank's own", _numbers(plan)),
-        ("notes", [f"  {note}" for note in merge_texts(plan.notes)]),
+        ("notes", [line for note in merge_texts(plan.notes) for line in _wrapped(note)]),
     ):
         if section:
             lines += ["", title, *section]
     return "\n".join(lines)
+
+
+def _wrapped(note: Merged) -> list[str]:
+    return wrap(
+        f"{note}{f' (x {note.count})' if note.count > 1 else ''}",
+        WIDTH,
+        initial_indent="  ",
+        subsequent_indent="    ",
+    )
 
 
 def _held(plan: Plan) -> str:
@@ -192,7 +205,10 @@ def _collectives(plan: Plan) -> list[str]:
         return []
     rows = [("mode", "pass", "collective", "where", "shape", "bytes", "count", "total")]
     totals: dict[str, list[int]] = {}
-    for one in plan.prediction.collectives:
+    modes = list(dict.fromkeys(one.mode for one in plan.prediction.collectives))
+    for one in sorted(
+        plan.prediction.collectives, key=lambda one: (modes.index(one.mode), one.direction == "backward")
+    ):
         total = one.bytes * one.count
         rows.append(
             (

@@ -176,6 +176,11 @@ class _Resolver:
                     lookups.append(Lookup(ModuleOutput(path), self.parameters[f"{path}.weight"].axis))
         # which axes are cut is known only now
         partial = [one for path, style in styles.items() for one in self._partial_parameters(path, style)]
+        partial += [
+            PartialParameter(name, name.rpartition(".")[0])
+            for name, sharding in self.parameters.items()
+            if sharding.layout.is_shared(self.axes[sharding.axis].cut)
+        ]
         loss = self._loss()
         self._check_regions(styles, loss)
         if self.ranks > 1 and self.whole and not self.axes:

@@ -182,6 +182,20 @@ class _Lowering:
         for action, summations in found.items():
             self._check_reader(action, summations)
             self._actions.partial_parameters.append(action)
+        self._actions.partial_parameters += self._shared_parameters()
+
+    def _shared_parameters(self) -> list[PartialParameter]:
+        """Those that are cut so that several ranks hold the same part."""
+        found: dict[PartialParameter, None] = {}
+        for value in self._selection.trace.values:
+            chosen = self._selection.chosen_of(value)
+            if value.source.kind != "parameter" or chosen is None or not value.differentiable:
+                continue
+            if self._selection.sharding(value).layout.is_shared(chosen.cut):
+                for use in value.uses:
+                    if use.module is not None:
+                        found[PartialParameter(value.source.name, use.module.path)] = None
+        return list(found)
 
     def _check_reader(self, action: PartialParameter, summations: list[Summation]) -> None:
         """Whether all that the module computes with the parameter gives partial gradients."""

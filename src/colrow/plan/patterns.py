@@ -7,7 +7,7 @@ from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from typing import TypeVar
 
-_NUMBER = re.compile(r"(?<![^. ])[0-9]+(?![^.,): ])")
+_NUMBER = re.compile(r"(?<=\.)[0-9]+(?![^.,): ])|(?<![^ ])[0-9]+(?=\.)")
 """A number that is a whole part of a dotted name, within a name or a sentence."""
 
 _GAP = "\0"

@@ -108,7 +108,10 @@ class Gather:
 
 @dataclass(frozen=True)
 class PartialParameter:
-    """A replicated parameter that ``reader`` reads inside a region: its gradients are summed."""
+    """A parameter that several ranks hold and ``reader`` reads inside a region: its gradients are summed.
+
+    Over all ranks if it is replicated; if it is cut so that ranks share parts of it, over those that share.
+    """
 
     name: str
     reader: str

@@ -108,7 +108,8 @@ class _Predictor:
                 shape = list(value.shape)
                 shape[sharding.dimension] = extent
                 for mode, root in self._selection.trace.runs:
-                    if any(root.first <= use.index < root.last for use in value.uses):
+                    inside = [use for use in value.uses if root.first <= use.index < root.last]
+                    for _ in {use.module.index for use in inside if use.module is not None}:
                         label = f"parameter {value.source.name}"
                         self._count_one(
                             mode, "backward", "all-reduce", label, tuple(shape), value.dtype, members

@@ -1,0 +1,63 @@
+"""The original model again."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from colrow.collectives import Communicator
+from colrow.layout import TensorLayout
+from colrow.state import detach_state, parallel_module, state_of
+
+
+def unshard(model: nn.Module) -> nn.Module:
+    """Make a parallelized model the original one again, in place, on every rank; returns it.
+
+    Parameters and buffers get their global data from all ranks: every rank needs the memory for all of it,
+    and must call this. Parameter objects stay; gradients are dropped, as their global form would not fit the
+    optimizer's state either. Hooks and attributes that colrow did not make stay.
+
+    Args:
+        model: what :func:`colrow.parallelize` returned, or what wraps it.
+
+    Raises:
+        ValueError: if the model has not been parallelized.
+        RankFailure: if another rank does not call this.
+    """
+    module, state = parallel_module(model), state_of(model)
+    ranks = state.communicator
+    named: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
+    named.update(module.named_buffers(remove_duplicate=False))
+    whole: dict[int, Tensor] = {}
+    for name, tensor in named.items():
+        layout = state.layouts.get(name)
+        if layout is not None and layout.is_sharded and id(tensor) not in whole:
+            whole[id(tensor)] = gather_whole(tensor.detach(), layout, ranks, f"unshard {name}")
+    state.undo.run(module)
+    for name, tensor in named.items():
+        if id(tensor) not in whole:
+            continue
+        if isinstance(tensor, nn.Parameter):
+            tensor.data, tensor.grad = whole[id(tensor)], None
+        else:
+            path, _, leaf = name.rpartition(".")
+            setattr(module.get_submodule(path), leaf, whole[id(tensor)])
+    detach_state(module)
+    return model
+
+
+def gather_whole(shard: Tensor, layout: TensorLayout, ranks: Communicator, label: str) -> Tensor:
+    """The global tensor on every rank.
+
+    Args:
+        shard: this rank's part.
+        layout: how it lies in the whole.
+        ranks: all that hold parts.
+        label: names the collective in errors.
+    """
+    if shard.is_meta:
+        return torch.empty(layout.shape, dtype=shard.dtype, device="meta")
+    sizes = [layout.local_numel(rank) for rank in range(ranks.size)]
+    flat = ranks.all_gather(shard.reshape(-1), 0, sizes, label=label)
+    parts = [part.view(layout.local_shape(rank)) for rank, part in enumerate(flat.split(sizes))]
+    return layout.assemble(parts)
