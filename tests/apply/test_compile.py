@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from functorch.compile import make_boxed_func
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch.fx import GraphModule
@@ -48,7 +48,12 @@ class Recorder:
 
     def __init__(self) -> None:
         self.graphs: list[dict[str, int]] = []
-        self.backend = aot_autograd(fw_compiler=self._compile, bw_compiler=self._compile)
+        # divided into forward and backward as inductor does
+        self.backend = aot_autograd(
+            fw_compiler=self._compile,
+            bw_compiler=self._compile,
+            partition_fn=min_cut_rematerialization_partition,
+        )
 
     def _compile(self, module: GraphModule, examples: Any) -> Callable[..., Any]:
         names = [str(node.target).split(".") for node in module.graph.nodes]

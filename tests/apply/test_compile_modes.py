@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import colrow
 from colrow.plan import LLAMA, AxisSpec, HandPlan, column, row
-from tests.apply.test_compile import _backward, _compare_gradients, _ids, _llama
+from tests.apply.test_compile import VOCABULARY, Recorder, _backward, _compare_gradients, _ids, _llama
 from tests.pool import Pool, worker_mesh
 
 PLAN = HandPlan(
@@ -137,6 +137,32 @@ def _layers() -> int:
 
 def test_layers_compiled_one_by_one(ranks: Callable[[int], Pool]) -> None:
     assert ranks(2).run(_layers) == [2, 2]
+
+
+def _loss_of_parts() -> None:
+    """The forward and the loss of logits that stay cut, in one graph."""
+    torch._dynamo.reset()
+    mesh = worker_mesh(2)
+    original, model = _llama(), _llama()
+    colrow.parallelize(model, mesh, LLAMA, logits="local")
+    ids = _ids()
+
+    def loss(ids: Tensor) -> Tensor:
+        return colrow.cross_entropy(model(ids).logits[:, :-1], ids[:, 1:], mesh, vocabulary=VOCABULARY)
+
+    recorder = Recorder()
+    found = torch.compile(loss, fullgraph=True, backend=recorder.backend)(ids)
+    expected = original(ids, labels=ids).loss
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)
+    found.backward()
+    expected.backward()
+    _compare_gradients(original, model)
+    # a lookup and two exits in each of two layers; the loss' largest logit and sums
+    assert recorder.graphs == [{"all_reduce": 7}, {"all_reduce": 5}], recorder.graphs
+
+
+def test_loss_of_local_logits(ranks: Callable[[int], Pool]) -> None:
+    ranks(2).run(_loss_of_parts)
 
 
 def _wrong_ids(backend: str) -> None:

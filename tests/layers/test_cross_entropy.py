@@ -24,7 +24,14 @@ def _own(whole: Tensor, cut: Cut, rank: int) -> Tensor:
     return whole[..., cut.start(rank) : cut.stop(rank)].clone()
 
 
-def _options(size: int, vocabulary: int) -> None:
+def _loss(is_compiled: bool) -> Callable[..., Tensor]:
+    if not is_compiled:
+        return cross_entropy
+    torch._dynamo.reset()
+    return torch.compile(cross_entropy, fullgraph=True, backend="aot_eager")
+
+
+def _options(size: int, vocabulary: int, is_compiled: bool) -> None:
     mesh = worker_mesh(size)
     rank = communicator(mesh).rank
     cut = Cut.balanced(vocabulary, size)
@@ -34,13 +41,14 @@ def _options(size: int, vocabulary: int) -> None:
     target[0, 3] = target[1, 0] = -100
     weights = torch.rand(vocabulary, dtype=torch.float64, generator=generator)
     cotangent = torch.randn(2, 9, dtype=torch.float64, generator=generator)
-    for smoothing, weight, reduction in product((0.0, 0.1), (None, weights), ("mean", "sum", "none")):
+    reductions = ("mean", "none") if is_compiled else ("mean", "sum", "none")
+    for smoothing, weight, reduction in product((0.0, 0.1), (None, weights), reductions):
         options: dict[str, Any] = {"label_smoothing": smoothing, "weight": weight, "reduction": reduction}
         a = whole.clone().requires_grad_()
         b = _own(whole, cut, rank).requires_grad_()
         before = b.detach().clone()
         expected = F.cross_entropy(a.flatten(0, 1), target.flatten(), **options)
-        found = cross_entropy(b, target, mesh, vocabulary=cut, **options)
+        found = _loss(is_compiled)(b, target, mesh, vocabulary=cut, **options)
         torch.testing.assert_close(found.flatten(), expected.flatten(), rtol=1e-12, atol=1e-12)
         factor = cotangent if reduction == "none" else cotangent[0, 0]
         (expected.view(found.shape) * factor).sum().backward()
@@ -53,10 +61,14 @@ def _options(size: int, vocabulary: int) -> None:
 @pytest.mark.parametrize("size", SIZES)
 def test_all_options(ranks: Callable[[int], Pool], size: int) -> None:
     for vocabulary in (211, 3):  # with 3 ids, one of 4 ranks holds none
-        ranks(size).run(_options, size, vocabulary)
+        ranks(size).run(_options, size, vocabulary, False)
 
 
-def _z_loss(size: int) -> None:
+def test_all_options_compiled(ranks: Callable[[int], Pool]) -> None:
+    ranks(3).run(_options, 3, 2, True)  # one rank holds no id
+
+
+def _z_loss(size: int, is_compiled: bool) -> None:
     mesh = worker_mesh(size)
     rank = communicator(mesh).rank
     cut = Cut.weighted(17, [3, 1, 2, 1][:size])
@@ -65,7 +77,7 @@ def _z_loss(size: int) -> None:
     a, b = whole.clone().requires_grad_(), _own(whole, cut, rank).requires_grad_()
     squares = torch.logsumexp(a, 1) ** 2
     expected = F.cross_entropy(a, target) + 1e-2 * squares[target != -100].mean()
-    found = cross_entropy(b, target, mesh, vocabulary=cut, z_loss=1e-2)
+    found = _loss(is_compiled)(b, target, mesh, vocabulary=cut, z_loss=1e-2)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     expected.backward()
     found.backward()
@@ -73,13 +85,14 @@ def _z_loss(size: int) -> None:
     torch.testing.assert_close(b.grad, _own(a.grad, cut, rank), rtol=1e-11, atol=1e-12)
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_z_loss_with_a_weighted_cut(ranks: Callable[[int], Pool], size: int) -> None:
-    ranks(size).run(_z_loss, size)
+@pytest.mark.parametrize(("size", "is_compiled"), [*((size, False) for size in SIZES), (3, True)])
+def test_z_loss_with_a_weighted_cut(ranks: Callable[[int], Pool], size: int, is_compiled: bool) -> None:
+    ranks(size).run(_z_loss, size, is_compiled)
 
 
-def _extremes() -> None:
+def _extremes(is_compiled: bool) -> None:
     """Large, infinite and equal logits; one rank far below the others; more tokens than one chunk."""
+    cross_entropy = _loss(is_compiled)
     mesh = worker_mesh(2)
     rank = communicator(mesh).rank
     cut = Cut.balanced(6, 2)
@@ -114,8 +127,9 @@ def _extremes() -> None:
     assert c.grad[0].tolist() == [0.0] * 3
 
 
-def test_extremes(ranks: Callable[[int], Pool]) -> None:
-    ranks(2).run(_extremes)
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_extremes(ranks: Callable[[int], Pool], is_compiled: bool) -> None:
+    ranks(2).run(_extremes, is_compiled)
 
 
 def _half_precision(dtype: torch.dtype) -> None:

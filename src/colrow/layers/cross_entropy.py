@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from colrow.collectives import Communicator, Group, communicator
+from colrow.collectives import AllReduce, Communicator, Group, communicator, compiled
 from colrow.layers.embedding import check_range
 from colrow.layout import Cut
 
@@ -120,6 +120,42 @@ class _CrossEntropy(torch.autograd.Function):
         return result, None, None, None
 
 
+def _traced(logits: Tensor, target: Tensor, weight: Tensor | None, options: _Options) -> Tensor:
+    """:class:`_CrossEntropy` in operators that torch.compile can trace: it fuses them and keeps no copy."""
+    tokens, width = logits.shape
+    kept = target != options.ignore_index
+    local = target - options.start
+    own = kept & (local >= 0) & (local < width)
+    # an ignored token's logits may be infinite: its gradient is zero all the same
+    values = torch.where(kept[:, None], _wide(logits), 0)
+    wide = values.dtype
+    largest = values.new_full((tokens,), -torch.inf)
+    if width:
+        largest = values.detach().amax(1)
+    largest = compiled.all_reduce(options.ranks, largest, "max")
+    sums = [(values - largest[:, None]).exp().sum(1)]
+    if width:
+        chosen = values.gather(1, torch.where(own, local, 0)[:, None])[:, 0]
+        sums.append(torch.where(own, chosen, 0))
+    else:
+        sums.append(values.sum(1))
+    total_weight: float | Tensor = float(options.vocabulary)
+    target_weight = kept.to(wide)
+    if weight is not None:
+        total_weight = weight.to(wide).sum()
+        target_weight = target_weight * weight.to(wide)[torch.where(kept, target, 0)]
+    if options.smoothing:
+        sums.append(values.sum(1) if weight is None else values @ _local(weight, options, width).to(wide))
+    reduced = AllReduce(options.ranks, f"{options.label} sum")(torch.stack(sums))
+    log_sum = reduced[0].log() + largest
+    loss = (1 - options.smoothing) * target_weight * (log_sum - reduced[1])
+    if options.smoothing:
+        loss = loss + options.smoothing / options.vocabulary * (log_sum * total_weight - reduced[2])
+    if options.z_loss:
+        loss = loss + options.z_loss * log_sum**2
+    return torch.where(kept, loss, 0)
+
+
 def _local(weight: Tensor, options: _Options, width: int) -> Tensor:
     return weight[options.start : options.start + width]
 
@@ -182,9 +218,9 @@ def cross_entropy(
         raise ValueError(f"weight must have the shape [{cut.units}], not {list(weight.shape)}")
     flat_target = target.reshape(-1)
     kept = flat_target != ignore_index
-    check_range(flat_target[kept], cut.units, f"the targets of {label}")
+    check_range(torch.where(kept, flat_target, 0), cut.units, f"the targets of {label}")
     options = _Options(ranks, cut.start(ranks.rank), cut.units, ignore_index, label_smoothing, z_loss, label)
-    loss: Tensor = _CrossEntropy.apply(
+    loss: Tensor = (_traced if torch.compiler.is_compiling() else _CrossEntropy.apply)(
         logits.reshape(target.numel(), logits.shape[-1]),
         flat_target,
         None if weight is None else weight.detach(),
