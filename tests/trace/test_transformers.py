@@ -192,7 +192,7 @@ def test_a_loop_over_chosen_experts_is_an_error_or_a_guess() -> None:
     assert_same(record, trace(model, (), keywords, routing="guess", copy_layers=False))
     experts = next(call for call in record.modules if call.path == "model.layers.2.mlp.experts")
     operations: list[Operation] = record.operations[experts.first : experts.last]
-    assert sum(operation.name == "aten.index_add_" for operation in operations) == 2
+    assert sum(operation.name == "aten.index_add_" for operation in operations) == 4
 
 
 def test_results_collected_by_hooks_are_those_of_all_layers() -> None:

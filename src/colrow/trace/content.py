@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from colrow.trace.records import Value
 from colrow.trace.tree import map_leaves, map_tensors, tensors_of
 
 LARGEST = 1 << 20
@@ -78,27 +77,12 @@ def to_meta(result: Any) -> Any:
     )
 
 
-def guess(function: torch._ops.OpOverload, inputs: tuple[Value, ...]) -> Any:
-    """What a data-dependent operator might have returned; None where no guess is made.
+def some_positions(positions: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """``positions``, or if there are none those of the first few elements: shape [rows, dimensions].
 
-    Used for the routing of experts only: zeros for numbers, the first rows for positions.
+    A guess that nothing is chosen would leave out whatever is done with what is chosen.
     """
-    name = function._schema.name
-    first = inputs[0]
-    if name == "aten::_local_scalar_dense":
-        if first.dtype == torch.bool:
-            return False
-        return 0.0 if first.dtype.is_floating_point else 0
-    if name == "aten::nonzero":
-        return guessed_positions(first.shape)
-    if name in ("aten::is_nonzero", "aten::equal"):
-        return False
-    return None
-
-
-def guessed_positions(shape: tuple[int, ...]) -> Tensor:
-    """The coordinates of the first few elements: shape [rows, dimensions]."""
     count = min(GUESSED_ROWS, math.prod(shape))
-    if not shape:
-        return torch.zeros(count, 0, dtype=torch.long)
+    if len(positions) or not shape:
+        return positions
     return torch.stack(torch.unravel_index(torch.arange(count), shape), 1)

@@ -66,7 +66,7 @@ class OperatorMode(TorchDispatchMode):
         if content.reads_data(function) and function not in _INDEXING:
             real = content.compute(function, arguments, keywords, contents)
             if real is None:
-                real = self._guess(function, inputs)
+                return self._guess(function, arguments, keywords, inputs, written)
             result = content.to_meta(real)
             if not tensors_of(result):
                 return result
@@ -125,17 +125,38 @@ class OperatorMode(TorchDispatchMode):
         if self.recorder.routing == "error":
             raise self.recorder.data_needed("indexing with a mask", value)
         self.recorder.warn(f"guessed which elements of a mask {list(value.shape)} are true")
-        return content.guessed_positions(value.shape)
+        return content.some_positions(self.recorder.imagination.content_of(value).nonzero(), value.shape)
 
-    def _guess(self, function: torch._ops.OpOverload, inputs: tuple[Value, ...]) -> Any:
+    def _guess(
+        self,
+        function: torch._ops.OpOverload,
+        arguments: tuple[Any, ...],
+        keywords: dict[str, Any],
+        inputs: tuple[Value, ...],
+        written: list[Tensor],
+    ) -> Any:
+        """The result of an operator on data that is not known, as far as guesses are asked for."""
+        recorder = self.recorder
         name = function._schema.name.removeprefix("aten::")
-        use = {"_local_scalar_dense": "item(), or a branch on a tensor,", "nonzero": "nonzero() or where()"}
-        guess = content.guess(function, inputs) if self.recorder.routing == "guess" else None
+        guess: Any = None
+        if recorder.routing == "guess":
+            guess = recorder.imagination.compute(function, *recorder.snapshot((arguments, keywords)))
         if guess is None:
+            use = {
+                "_local_scalar_dense": "item(), or a branch on a tensor,",
+                "nonzero": "nonzero() or where()",
+            }
             unknown = next((value for value in inputs if value.content is None), inputs[0])
-            raise self.recorder.data_needed(use.get(name, f"the operator {name}"), unknown)
-        self.recorder.warn(f"guessed the result of {name} on a tensor {list(inputs[0].shape)}")
-        return guess
+            raise recorder.data_needed(use.get(name, f"the operator {name}"), unknown)
+        if function is aten.nonzero.default:
+            guess = content.some_positions(guess, inputs[0].shape)
+        recorder.warn(f"guessed the result of {name} on a tensor {list(inputs[0].shape)}")
+        result = content.to_meta(guess)
+        if tensors_of(result):
+            self._record(function, arguments, keywords, inputs, written, result, None)
+            for tensor, made_up in zip(tensors_of(result), tensors_of(guess), strict=True):
+                recorder.imagination.remember(recorder.value_of(tensor), made_up)
+        return result
 
     def _run_on_meta(self, function: torch._ops.OpOverload, arguments: Any, keywords: Any) -> Any:
         if function is aten._grouped_mm.default:

@@ -12,6 +12,7 @@ from torch import Tensor
 from colrow.trace import content
 from colrow.trace.errors import TraceError
 from colrow.trace.gradients import Gradients
+from colrow.trace.imagination import Imagination
 from colrow.trace.integers import Expression
 from colrow.trace.records import Escape, FunctionCall, ModuleCall, Source, Trace, Value
 from colrow.trace.sites import user_site
@@ -34,6 +35,7 @@ class Recorder:
         unrecorded: what records an operator by the ``id`` of its result; called when the result is used.
         occurrences: how often each place (module call, code, instruction) was passed.
         gradients: which values carry one.
+        imagination: made-up content, where ``routing`` is to be guessed.
     """
 
     def __init__(self, mode: str, routing: Routing = "error") -> None:
@@ -41,6 +43,7 @@ class Recorder:
         self.table = ValueTable(self.trace.values)
         self.gradients = Gradients(self.table)
         self.routing = routing
+        self.imagination = Imagination()
         self.module: ModuleCall | None = None
         self.call: FunctionCall | None = None
         self.paused = False
