@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import colrow
 from colrow.apply import parallelize
 from colrow.collectives import Communicator, Pending
-from colrow.plan import hand_plan
+from colrow.model import calls_for
 
 LAYERS, HIDDEN, HEADS, VOCABULARY, SEQUENCE, BATCH = 4, 512, 8, 8192, 256, 4
 KEY_VALUE_HEADS, FEED_FORWARD = 4, 1408  # of the Llama; the GPT's feed-forward is 4 x HIDDEN
@@ -140,7 +140,7 @@ class Trainer:
         self.model = build_model(model_name)
         if variant.ranks:
             mesh = colrow.init_mesh(tp=variant.ranks, device="cpu")
-            parallelize(self.model, mesh, hand_plan(self.model))
+            parallelize(self.model, mesh, calls_for(self.model))
             if not variant.communicates:
                 silence_collectives()
         self.model.train()

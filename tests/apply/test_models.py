@@ -21,9 +21,10 @@ from transformers import (
 )
 
 import colrow
-from colrow.plan import BERT, GPT2, LLAMA, HandPlan, hand_plan
+from colrow.plan import BERT, GPT2, LLAMA, HandPlan
 from tests.apply.comparison import Batch, assemble, compare, largest_error
 from tests.apply.double import in_double
+from tests.plans import hand_plan
 from tests.pool import Pool, worker_mesh
 
 SIZES = [1, 2, 3, 4]

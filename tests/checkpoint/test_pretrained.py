@@ -25,7 +25,7 @@ from transformers import (
 import colrow
 from colrow import checkpoint
 from colrow.checkpoint.writer import SafetensorsWriter, TensorSpec
-from colrow.plan import hand_plan
+from tests.plans import hand_plan
 from tests.pool import Pool, worker_mesh
 
 

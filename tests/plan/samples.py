@@ -27,8 +27,8 @@ from colrow.plan import (
     PredictedCollective,
     Prediction,
     Sharding,
-    hand_plan,
 )
+from tests.plans import hand_plan
 
 
 def gpt2(ranks: int, share: list[float] | None = None) -> Plan:

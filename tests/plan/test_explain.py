@@ -150,3 +150,10 @@ def test_stars_and_sentences_are_kept() -> None:
 )
 def test_sizes(count: float, text: str) -> None:
     assert size(count) == text
+
+
+def test_numbers_of_arguments_are_not_merged() -> None:
+    merged = merge_texts(
+        ["input 0 of h.0.mlp", "input 1 of h.0.mlp", "input 1 of h.1.mlp", "0.weight", "1.weight"]
+    )
+    assert [one.text for one in merged] == ["input 0 of h.0.mlp", "input 1 of h.*.mlp", "*.weight"]

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from colrow import PlanError
-from colrow.plan import Plan, hand_plan
+from colrow.plan import Plan
 from colrow.plan.file import dumps, loads
 from tests.plan.samples import everything, gpt2
+from tests.plans import hand_plan
 
 transformers = pytest.importorskip("transformers")
 

@@ -11,10 +11,10 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import colrow
-from colrow.plan import hand_plan
 from colrow.train.configuration import OptimizerConfiguration
 from colrow.train.optimizer import build_optimizer
 from colrow.train.step import IGNORED, accumulate_gradients, mean_loss, optimizer_step, predicted_tokens
+from tests.plans import hand_plan
 from tests.pool import Pool, worker_mesh
 from tests.train.small import LLAMA
 

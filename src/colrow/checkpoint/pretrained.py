@@ -17,9 +17,8 @@ from colrow.apply import parallelize
 from colrow.checkpoint.meta import materialise, parameters_on_meta
 from colrow.checkpoint.reader import SafetensorsFolder
 from colrow.checkpoint.shards import BYTES_PER_FILE, Saved, write_global
-from colrow.collectives import communicator
 from colrow.layout import TensorLayout
-from colrow.plan import HandPlan, Plan, default_plan
+from colrow.plan import HandPlan, Plan
 from colrow.state import PlacedParameter, parallel_module, placed_parameters, state_of
 
 
@@ -101,7 +100,7 @@ def load_pretrained(
     Args:
         folder: with ``config.json`` and safetensors.
         mesh: from :func:`colrow.init_mesh`.
-        plan: default: the example plan for the model's type.
+        plan: default: derived from how the model computes.
         dtype: of the parameters; default: that of the configuration.
         config_options: fields of the configuration to change, such as ``attention_dropout=0.1``.
 
@@ -130,7 +129,9 @@ def load_pretrained(
         model.tie_weights()  # type: ignore[operator]
     if (folder / "generation_config.json").exists():
         model.generation_config = transformers.GenerationConfig.from_pretrained(folder)  # type: ignore[assignment]
-    parallelize(model, mesh, plan or default_plan(model, communicator(mesh).size))
+    from colrow.model import calls_for
+
+    parallelize(model, mesh, plan or calls_for(model))
     load_weights(model, folder)
     return model
 

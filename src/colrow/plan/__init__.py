@@ -1,7 +1,7 @@
 """Plans as data: written by hand here; printed, compared and applied elsewhere."""
 
 from colrow.plan.derive import derive_plan
-from colrow.plan.examples import BERT, GPT2, LLAMA, default_plan, hand_plan
+from colrow.plan.examples import BERT, GPT2, LLAMA
 from colrow.plan.hand import AxisSpec, HandPlan, LossSpec, Style, column, replicated, row, vocab
 from colrow.plan.places import Call, CallArgument, CallResult, ModuleInput, ModuleOutput, Place
 from colrow.plan.plan import (
@@ -53,9 +53,7 @@ __all__ = [
     "Sharding",
     "Style",
     "column",
-    "default_plan",
     "derive_plan",
-    "hand_plan",
     "replicated",
     "row",
     "vocab",

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from torch import nn
-
-from colrow.errors import PlanError
 from colrow.plan.hand import AxisSpec, HandPlan, LossSpec, column, replicated, row, vocab
-from colrow.plan.plan import Plan
 
 LLAMA = HandPlan(
     axes={
@@ -69,40 +65,3 @@ BERT = HandPlan(
     optional=frozenset({"cls.predictions.decoder"}),
 )
 """BERT encoders, with or without the masked-language-model head."""
-
-_BY_MODEL_TYPE = {
-    "llama": LLAMA,
-    "mistral": LLAMA,
-    "qwen2": LLAMA,
-    "qwen3": LLAMA,
-    "gpt2": GPT2,
-    "bert": BERT,
-}
-
-
-def hand_plan(model: nn.Module) -> HandPlan:
-    """The example plan for a ``transformers`` model of a known type.
-
-    Raises:
-        PlanError: if there is none: write a :class:`HandPlan`.
-    """
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    if model_type not in _BY_MODEL_TYPE:
-        raise PlanError(
-            "",
-            f"there is no hand-written plan for {type(model).__name__} (model type {model_type!r}), "
-            f"only for {', '.join(_BY_MODEL_TYPE)}",
-            "Write a colrow.plan.HandPlan and pass it.",
-        )
-    return _BY_MODEL_TYPE[model_type]
-
-
-def default_plan(model: nn.Module, ranks: int) -> Plan:
-    """The example plan of a model over ``ranks`` ranks; on one rank any model has a plan, that cuts nothing.
-
-    Raises:
-        PlanError: if there is no example for the model and more than one rank.
-    """
-    if ranks == 1 and getattr(getattr(model, "config", None), "model_type", None) not in _BY_MODEL_TYPE:
-        return Plan(1)
-    return hand_plan(model).resolve(model, ranks)

@@ -60,6 +60,14 @@ class Recorder:
         finally:
             self.paused = before
 
+    def finish(self) -> None:
+        """The last run is over: let go of all tensors, though integers of the trace know this recorder."""
+        self.gradients.finish(self.trace.operations)
+        self.paused = True
+        self.table = ValueTable([])
+        self.gradients = Gradients(self.table)
+        self.unrecorded.clear()
+
     @property
     def module_path(self) -> str:
         """Path of the module that runs now; empty for the model itself."""

@@ -108,8 +108,7 @@ def trace_together(
     _register_model(recorder, model, originals)
     for mode, example in examples.items():
         _run(recorder, model, example, mode, copy_layers)
-    recorder.gradients.finish(recorder.trace.operations)
-    recorder.paused = True  # integers of the trace may be read from now on
+    recorder.finish()
     return recorder.trace
 
 
@@ -124,8 +123,7 @@ def _trace(
     recorder = Recorder(mode, routing)
     _register_model(recorder, model, originals)
     _run(recorder, model, example, mode, copy_layers)
-    recorder.gradients.finish(recorder.trace.operations)
-    recorder.paused = True  # integers of the trace may be read from now on
+    recorder.finish()
     return recorder.trace
 
 

@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 import colrow
 from colrow.checkpoint import load_optimizer, load_pretrained
-from colrow.plan import default_plan
+from colrow.model import calls_for
 from colrow.train.configuration import TrainConfiguration
 from colrow.train.folder import RunFolder
 from colrow.train.model import DTYPES, named_plan, new_model, transformers_configuration
@@ -44,7 +44,7 @@ def build(
     if source is None:
         description = transformers_configuration(configuration.model, load_tokenizer(folder.tokenizer))
         model = new_model(description, dtype)
-        model = colrow.parallelize(model, mesh, plan or default_plan(model, configuration.tp))
+        model = colrow.parallelize(model, mesh, plan or calls_for(model))
     else:
         # the attention's implementation is no part of a saved configuration
         chosen = {k: v for k, v in configuration.model.fields.items() if k == "attn_implementation"}

@@ -16,7 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBa
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES  # type: ignore[attr-defined]
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from colrow.plan import HandPlan, default_plan
+from colrow.model import calls_for
+from colrow.plan import HandPlan, derive_plan
 from colrow.train.configuration import ModelConfiguration, Precision
 
 DTYPES: dict[Precision, torch.dtype] = {
@@ -111,7 +112,7 @@ def check_on_meta(configuration: Any, plan: HandPlan | None, tp: int, checkpoint
 
     Args:
         configuration: of transformers.
-        plan: how to cut it; ``None``: the example plan of its type.
+        plan: how to cut it; ``None``: as follows from how it computes.
         tp: number of ranks.
         checkpoint_activations: whether it is meant to recompute activations.
 
@@ -120,7 +121,7 @@ def check_on_meta(configuration: Any, plan: HandPlan | None, tp: int, checkpoint
 
     Raises:
         ValueError: if it cannot, or it cannot recompute activations though it is meant to.
-        PlanError: if there is no plan to cut it.
+        TraceError, PlanError: if it cannot be recorded, or the plan does not fit.
     """
     with torch.device("meta"):
         model = new_model(configuration, torch.float32)
@@ -130,8 +131,8 @@ def check_on_meta(configuration: Any, plan: HandPlan | None, tp: int, checkpoint
         )
     if plan is not None:
         plan.resolve(model, tp)
-    else:
-        default_plan(model, tp)
+    elif tp > 1:
+        derive_plan(model, calls_for(model), tp)
     return sum(parameter.numel() for parameter in model.parameters())
 
 

@@ -1,0 +1,133 @@
+"""Example inputs for models of transformers, made from their forward's signature and found by trying."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import traceback
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from colrow.model.makers import Maker, makers_of
+from colrow.trace import trace
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+MOST_RUNS = 32
+"""So many calls of one model are tried."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Which arguments a model is called with: their names, each with the variant of its shape."""
+
+    arguments: tuple[tuple[str, int], ...]
+
+    @property
+    def names(self) -> list[str]:
+        return [name for name, _ in self.arguments]
+
+    def with_argument(self, name: str) -> Recipe:
+        return Recipe((*self.arguments, (name, 0)))
+
+    def with_next_variant(self, name: str) -> Recipe:
+        return Recipe(tuple((one, variant + (one == name)) for one, variant in self.arguments))
+
+
+def make_inputs(model: PreTrainedModel, recipe: Recipe, seed: int) -> dict[str, Any]:
+    """The arguments of a recipe; no cache is asked for."""
+    make = Maker(model, torch.Generator().manual_seed(seed))
+    inputs: dict[str, Any] = {name: makers_of(name)[variant](make) for name, variant in recipe.arguments}
+    if "use_cache" in inspect.signature(model.forward).parameters:
+        inputs["use_cache"] = False
+    return inputs
+
+
+def call(model: PreTrainedModel, inputs: Mapping[str, Any]) -> None:
+    """Run the model; on the meta device, where data is needed that it does not have there, record it."""
+    try:
+        with torch.no_grad():
+            model(**to_device(inputs, model.device))
+    except (RuntimeError, NotImplementedError) as error:
+        if model.device.type != "meta" or "meta" not in str(error):
+            raise
+        trace(model, (), inputs, routing="guess")
+
+
+def to_device(inputs: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    return {name: one.to(device) if isinstance(one, Tensor) else one for name, one in inputs.items()}
+
+
+def find_recipe(model: PreTrainedModel) -> tuple[Recipe | None, str]:
+    """A way to call a model, and why there is none.
+
+    The likeliest are tried first; then with the arguments that errors ask for, then with other shapes.
+    """
+    queue = [*_first_recipes(model)]
+    seen = set(queue)
+    told = "its forward has required arguments of which only the names are known"
+    longest = 0
+    for _ in range(MOST_RUNS):
+        if not queue:
+            break
+        recipe = queue.pop(0)
+        try:
+            call(model, make_inputs(model, recipe, 0))
+            return recipe, ""
+        except Exception as error:
+            text = _told(error)
+        if len(recipe.arguments) > longest:
+            longest, told = len(recipe.arguments), f"with {', '.join(recipe.names)}: {text}"
+        asked = [recipe.with_argument(name) for name in _asked(model, recipe, text)]
+        others = [
+            recipe.with_next_variant(name)
+            for name, variant in recipe.arguments
+            if variant + 1 < len(makers_of(name))
+        ]
+        queue = [
+            *(one for one in asked if one not in seen),
+            *queue,
+            *(one for one in others if one not in seen),
+        ]
+        seen.update(asked, others)
+    return None, told
+
+
+def _told(error: Exception) -> str:
+    """An error with the line of the model's code that it comes from."""
+    lines = [one for one in traceback.extract_tb(error.__traceback__) if "modeling_" in one.filename]
+    code = f" ({lines[-1].line})" if lines else ""
+    return f"{type(error).__name__}: {error}".replace("\n", " ")[:300] + code
+
+
+def _asked(model: PreTrainedModel, recipe: Recipe, text: str) -> list[str]:
+    """Arguments that a text names and that are not given."""
+    parameters = inspect.signature(model.forward).parameters
+    words = dict.fromkeys(re.findall(r"[a-z_]+", text.lower()))
+    return [one for one in words if one in parameters and makers_of(one) and one not in recipe.names]
+
+
+def _first_recipes(model: PreTrainedModel) -> Iterator[Recipe]:
+    parameters = inspect.signature(model.forward).parameters
+    variable = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    required = [
+        name for name, one in parameters.items() if one.default is one.empty and one.kind not in variable
+    ]
+    if not all(makers_of(name) for name in required):
+        return
+    main = model.main_input_name
+    mains = [
+        one for one in ([main] if isinstance(main, str) else main) if one in parameters and makers_of(one)
+    ]
+    ids = ["input_ids"] if "input_ids" in parameters else []
+    others = ("pixel_values", "input_features", "input_values", "inputs_embeds")
+    decoder = "decoder_input_ids" in parameters and model.config.is_encoder_decoder
+    for names in (ids, mains, [*ids, *mains], *([one] for one in others if one in parameters)):
+        for second in (["decoder_input_ids"], []) if decoder else ([],):
+            if all_names := dict.fromkeys([*required, *names, *second]):
+                yield Recipe(tuple((name, 0) for name in all_names))
