@@ -68,8 +68,8 @@ def test_no_command(capsys: pytest.CaptureFixture[str]) -> None:
     [
         ("trian", "did you mean train?"),
         ("generat", "did you mean generate?"),
-        ("--hepl", "there are train, generate, demo"),
-        ("xyz", "there are train, generate, demo"),
+        ("--hepl", f"there are {', '.join(cli.COMMANDS)}"),
+        ("xyz", f"there are {', '.join(cli.COMMANDS)}"),
     ],
 )
 def test_unknown_commands(name: str, hint: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,8 @@ from importlib import metadata
 
 COMMANDS = {
     "train": "train a language model on text, cut over ranks",
+    "plan": "show how a model would be cut, what that saves and what it costs",
+    "verify": "prove that a model cut over ranks is equal to the model on one device",
     "generate": "continue a text with a model that has been trained or downloaded",
     "demo": "small programs that show what the ranks do",
 }
