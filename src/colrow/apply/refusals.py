@@ -17,6 +17,11 @@ def refuse_own_save(model: nn.Module) -> None:
         vars(model)["save_pretrained"] = _refuse
 
 
+def allow_own_save(model: nn.Module) -> None:
+    """Take :func:`refuse_own_save` back."""
+    vars(model).pop("save_pretrained", None)
+
+
 def _refuse(*arguments: object, **options: object) -> NoReturn:
     raise ValueError(
         "this model is cut over several ranks, and its own save_pretrained would write the shards of one of "

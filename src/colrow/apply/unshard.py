@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from colrow.apply.refusals import allow_own_save
 from colrow.collectives import Communicator
 from colrow.layout import TensorLayout
 from colrow.state import detach_state, parallel_module, state_of
@@ -42,6 +43,7 @@ def unshard(model: nn.Module) -> nn.Module:
         else:
             path, _, leaf = name.rpartition(".")
             setattr(module.get_submodule(path), leaf, whole[id(tensor)])
+    allow_own_save(module)
     detach_state(module)
     return model
 

@@ -17,6 +17,9 @@ from colrow.axes.factor import Factor
 from colrow.axes.legality import Volumes
 from colrow.trace.records import Operation, Value
 
+#: Operators that need rows of a multiple of 16 bytes, and how many elements that is at most.
+_ALIGNED, ALIGNMENT = ("aten._grouped_mm",), 8
+
 
 @dataclass(eq=False)
 class Candidate:
@@ -29,6 +32,7 @@ class Candidate:
         saved: elements of parameters that a rank does not hold if this is cut.
         traffic: elements communicated in a forward and backward pass, at real batch sizes.
         operations: indices of the operations that have tensors with it.
+        alignment: units that should stay together, where an operator asks for aligned memory.
         is_given: whether it runs through an input of the model, which ranks would have to slice.
         illegal: why it cannot be cut over this many ranks.
     """
@@ -39,6 +43,7 @@ class Candidate:
     saved: float = 0.0
     traffic: int = 0
     operations: frozenset[int] = frozenset()
+    alignment: int = 1
     is_given: bool = False
     illegal: list[Reason] = field(default_factory=list)
 
@@ -126,6 +131,9 @@ class _Search:
         candidate = Candidate(axis, None, _signature(axis), illegal=list(axis.illegal))
         candidate.saved = self._saved(axis, {axis.index: -(-axis.size // self._ranks) / axis.size})
         candidate.operations = frozenset(self._operations[axis.index])
+        trace = self._axes.trace
+        if any(trace.operations[index].name in _ALIGNED for index in candidate.operations):
+            candidate.alignment = ALIGNMENT
         candidate.is_given = any(value.source.kind == "input" for value, _ in axis.members)
         candidate.traffic = self._traffic[axis.index]
         if axis.legal and axis.size < self._ranks:

@@ -70,13 +70,17 @@ def cut_of(candidate: Candidate, ranks: int, share: Sequence[float] | None) -> C
         raise PlanError("", f"share is {list(share)} for {ranks} ranks", "Give one positive number per rank.")
     weights = [1.0] * ranks if share is None else list(share)
     if candidate.within is None:
+        blocks, rest = divmod(candidate.units, candidate.alignment)
+        if rest == 0 and blocks >= ranks:
+            counts = _at_least_one(blocks, weights).counts
+            return Cut.from_counts([count * candidate.alignment for count in counts])
         return _at_least_one(candidate.units, weights)
     # consecutive ranks share a unit of the outer axis, and divide what lies within
-    counts: list[int] = []
+    shared: list[int] = []
     for sharers in Cut.balanced(ranks, candidate.within.size).counts:
-        group = weights[len(counts) : len(counts) + sharers]
-        counts += _at_least_one(candidate.axis.size, group).counts
-    return Cut.from_counts(counts)
+        group = weights[len(shared) : len(shared) + sharers]
+        shared += _at_least_one(candidate.axis.size, group).counts
+    return Cut.from_counts(shared)
 
 
 def _at_least_one(units: int, weights: Sequence[float]) -> Cut:
