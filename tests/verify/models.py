@@ -116,3 +116,8 @@ class Bricks(nn.Module):
         for brick in self.bricks:
             x = x + brick(self.norm(x))
         return self.last(x)  # type: ignore[no-any-return]
+
+
+def bricks(rows: int = 4) -> tuple[nn.Module, dict[str, Tensor]]:
+    """A model and the keywords of a call."""
+    return Bricks(), {"x": torch.randn(rows, 7, 5)}
