@@ -16,8 +16,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from colrow.collectives import Communicator
 from colrow.mesh import root_mesh
 from colrow.traced_regions import TracedRegions
-from colrow.tracer import must_not_break
+from colrow.tracer import must_not_break, outside_of_graphs
 
+_between_graphs = outside_of_graphs("random numbers that differ by rank are drawn between compiled graphs")
 _MASK = (1 << 63) - 1
 _SEED_BITS, _REGION_MARK = 47, 0x5C07
 """Seeds of regions begin with a mark, by which a generator's state shows that it belongs to a region."""
@@ -110,7 +111,7 @@ class RegionRandomness:
         self._outside, self._open = generator.get_state(), [region]
         generator.manual_seed(self._seed)
 
-    _enter_between_graphs = torch.compiler.disable(_enter)
+    _enter_between_graphs = _between_graphs(_enter)
 
     def leave(self, region: str) -> None:
         """End ``region``, if it has begun: the common stream goes on where it was.
@@ -157,7 +158,7 @@ class RegionRandomness:
                 "between the two, or compute one region after the other"
             )
 
-    _leave_between_graphs = torch.compiler.disable(_leave)
+    _leave_between_graphs = _between_graphs(_leave)
 
     def pause(self) -> None:
         """Draw from the common stream, until :meth:`resume`: for whole values within a region."""

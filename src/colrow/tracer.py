@@ -16,7 +16,16 @@ from torch._dynamo.comptime import ComptimeContext, comptime
 from torch._dynamo.output_graph import OutputGraph
 from torch._dynamo.symbolic_convert import InstructionTranslator
 
-__all__ = ["comptime", "must_not_break", "notes", "recall", "remember", "traced_output", "while_tracing"]
+__all__ = [
+    "comptime",
+    "must_not_break",
+    "notes",
+    "outside_of_graphs",
+    "recall",
+    "remember",
+    "traced_output",
+    "while_tracing",
+]
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
@@ -26,6 +35,12 @@ def while_tracing(function: Callable[Parameters, Result]) -> Callable[Parameters
     """Let ``function``, of constants, run where it is traced; the graph has its result as a constant."""
     decorated: Callable[Parameters, Result] = torch._dynamo.assume_constant_result(function)
     return decorated
+
+
+def outside_of_graphs(reason: str) -> Callable[[Callable[Parameters, Result]], Callable[Parameters, Result]]:
+    """Let torch.compile leave a function to Python: the graph breaks, or says why it cannot be whole."""
+    decorator: Callable[..., Any] = torch.compiler.disable(reason=reason)
+    return decorator
 
 
 @while_tracing

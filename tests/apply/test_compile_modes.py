@@ -185,3 +185,48 @@ def test_wrong_ids_are_refused(ranks: Callable[[int], Pool]) -> None:
 @pytest.mark.slow
 def test_wrong_ids_are_refused_by_inductor(ranks: Callable[[int], Pool]) -> None:
     ranks(2).run(_wrong_ids, "inductor")
+
+
+def _labels() -> str:
+    torch._dynamo.reset()
+    model = colrow.parallelize(_llama(), worker_mesh(2), LLAMA)
+    with pytest.raises(torch._dynamo.exc.Unsupported) as caught:
+        torch.compile(model, fullgraph=True, backend="eager")(_ids(), labels=_ids())
+    return str(caught.value)
+
+
+def test_a_loss_with_labels_is_no_full_graph(ranks: Callable[[int], Pool]) -> None:
+    for message in ranks(2).run(_labels):
+        assert "give no labels and use colrow.cross_entropy" in message
+
+
+class Scaled(nn.Module):
+    """A number of heads written into a call: it changes within the code of the module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.up, self.down = nn.Linear(8, 12).double(), nn.Linear(12, 8).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = self.up(x).view(*x.shape[:-1], 6, 2)
+        return self.down((heads * heads.sum(-1, keepdim=True)).flatten(-2))  # type: ignore[no-any-return]
+
+
+def _calls() -> None:
+    torch._dynamo.reset()
+    original, model = nn.Sequential(Scaled(), Scaled()), nn.Sequential(Scaled(), Scaled())
+    x = torch.randn(5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    colrow.parallelize(model, worker_mesh(2), (x,))
+    assert colrow.state_of(model).plan.integers
+    compiled = torch.compile(model, backend="aot_eager")
+    for one in (original, compiled):
+        _backward(one(x))
+    torch.testing.assert_close(compiled(x), original(x), rtol=1e-12, atol=1e-12)
+    _compare_gradients(original, model)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="the plan changes calls within the code of 0"):
+        torch.compile(model, fullgraph=True, backend="eager")(x)
+
+
+def test_call_sites_break_the_graph(ranks: Callable[[int], Pool]) -> None:
+    ranks(2).run(_calls)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import colrow
 from colrow.collectives import (
     AllGather,
     AllReduce,
@@ -23,6 +27,7 @@ from colrow.collectives import (
     communicator,
 )
 from colrow.layout import Cut
+from tests.collectives import crew
 from tests.pool import Pool, worker_mesh
 
 
@@ -100,3 +105,30 @@ def test_values_and_gradients(ranks: Callable[[int], Pool], size: int) -> None:
 
 def test_eager_backend_and_asynchronous_forms(ranks: Callable[[int], Pool]) -> None:
     ranks(2).run(_compare, 2, "eager", True)
+
+
+def _failing(event: str) -> list[float] | None:
+    """Seconds until the other rank's collective, within a graph, raised."""
+    colrow.init_mesh(tp=2, timeout=30)
+    mesh = colrow.init_mesh(tp=2, timeout=2)
+    exit = AllReduce(communicator(mesh), "exit")
+    compiled = torch.compile(lambda x: exit(2 * x), fullgraph=True, backend="aot_eager")
+    x = torch.ones(100, requires_grad=True)
+    compiled(x).sum().backward()
+    communicator(mesh).barrier()
+    if communicator(mesh).rank == 1:
+        if event == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(60)
+    begin = time.monotonic()
+    with pytest.raises(RuntimeError):
+        compiled(x)
+    return [time.monotonic() - begin]
+
+
+@pytest.mark.parametrize("event", ["kill", "hang"])
+def test_a_failing_rank_ends_a_graph(ranks: Callable[[int], Pool], event: str) -> None:
+    ranks(1)  # the pools' fork server runs
+    ends = crew.run(_failing, event, size=2, stuck=(1,))
+    assert ends[0].code == 0
+    assert ends[0].result[0] < 4

@@ -14,7 +14,6 @@ from functools import wraps
 from types import CodeType, FunctionType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -24,6 +23,7 @@ from colrow.localise.arguments import replaced
 from colrow.plan.places import Call, Path
 from colrow.trace.functions import opened
 from colrow.trace.sites import call_site
+from colrow.tracer import outside_of_graphs
 
 Replacement = Callable[..., Any]
 
@@ -91,9 +91,8 @@ class ModuleCalls:
         mode = _Mode(self._changes)
         original, after = self._module.forward, self._after
 
-        # torch.compile cannot see where a call stands: it leaves this module's forward to Python. The signature
-        # stays that of the original, which others ask for the names of arguments.
-        @torch.compiler.disable  # type: ignore[untyped-decorator]
+        # the signature stays that of the original, which others ask for the names of arguments
+        @outside_of_graphs(f"the plan changes calls within the code of {self._path or 'the model'}")
         @wraps(original)
         def forward(*arguments: Any, **keywords: Any) -> Any:
             mode.passes.clear()

@@ -29,8 +29,15 @@ from colrow.collectives import AllGather, Communicator
 from colrow.errors import PlanError
 from colrow.layout import Cut
 from colrow.plan import Loss
+from colrow.tracer import outside_of_graphs
 
 __all__ = ["ParallelLoss", "ShardedLogits"]
+
+
+_between_graphs = outside_of_graphs(
+    "the loss of logits that are cut over the vocabulary is not part of compiled graphs: give no labels and "
+    "use colrow.cross_entropy, or compile without fullgraph=True"
+)
 
 
 @dataclass
@@ -84,7 +91,7 @@ class ParallelLoss:
         else:
             self._begin_eagerly(labels is not None)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @_between_graphs
     def _begin_eagerly(self, has_labels: bool) -> None:
         self._forward = _Forward(has_labels, torch._C._current_graph_task_id())
 
@@ -94,7 +101,7 @@ class ParallelLoss:
             return self._gather(logits) if self._gathers else None
         return self._after_logits_eagerly(logits)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @_between_graphs
     def _after_logits_eagerly(self, logits: Tensor) -> Tensor | None:
         forward = self._forward
         backward = torch._C._current_graph_task_id()
@@ -118,7 +125,7 @@ class ParallelLoss:
             return None
         return self._end_eagerly(output)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @_between_graphs
     def _end_eagerly(self, output: Any) -> Any:
         forward, self._forward = self._forward, None
         if forward is None or output is None:  # the forward raised
