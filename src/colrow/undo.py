@@ -39,7 +39,11 @@ class Undo:
         for path, module in model.named_modules():
             before = self._attributes[path]
             now = vars(module)
-            changed = {name for name in before.keys() | now.keys() if before.get(name) is not now.get(name)}
+            changed = {
+                name
+                for name in before.keys() | now.keys()
+                if before.get(name, _MISSING) is not now.get(name, _MISSING)
+            }
             self._attributes[path] = {name: before.get(name, _MISSING) for name in changed}
             self._hooks[path] = {name: set(now[name]) - self._hooks[path][name] for name in _HOOKS}
 

@@ -35,7 +35,7 @@ def _unshard(model: torch.nn.Module, original: torch.nn.Module, inputs: dict[str
     assert all(torch.equal(state[name], value) for name, value in original.state_dict().items())
     assert [type(one) for one in model.modules()] == [type(one) for one in original.modules()]
     for module, other in zip(model.modules(), original.modules(), strict=True):
-        assert vars(module).keys() == vars(other).keys()
+        assert vars(module).keys() == vars(other).keys(), f"{vars(module).keys() ^ vars(other).keys()}"
         assert not module._forward_hooks
         assert not module._forward_pre_hooks
     with torch.no_grad():

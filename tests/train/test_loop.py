@@ -312,11 +312,11 @@ OPT = HandPlan(
     attributes={"**.self_attn.num_heads": "heads"},
     loss=LossSpec("lm_head"),
 )
-"""For an architecture that has no example plan."""
+"""How one would cut it by hand."""
 
 
-def test_an_architecture_without_an_example_plan(ranks: Ranks, tmp_path: Path) -> None:
-    """One rank needs no plan; more take one that is named; without it the run does not start."""
+def test_derived_and_hand_written_plans(ranks: Ranks, tmp_path: Path) -> None:
+    """A plan is derived unless one is named; either way the losses are those of one process."""
     fields = {
         "hidden_size": 24,
         "word_embed_proj_dim": 24,
@@ -327,12 +327,13 @@ def test_an_architecture_without_an_example_plan(ranks: Ranks, tmp_path: Path) -
         "dropout": 0.0,
     }
     folders = []
-    for tp, plan in ((1, None), (2, f"{__name__}:OPT")):
+    for tp, plan in ((1, None), (2, f"{__name__}:OPT"), (2, None)):
         model = {"config": "OPTConfig", "fields": fields, "plan": plan}
-        folders.append(_run(ranks, small(tmp_path, run_dir=str(tmp_path / f"tp{tp}"), tp=tp, model=model)))
-    assert _losses(folders[1]) == pytest.approx(_losses(folders[0]), abs=1e-5)
+        run_dir = str(tmp_path / f"run{len(folders)}")
+        folders.append(_run(ranks, small(tmp_path, run_dir=run_dir, tp=tp, model=model)))
+    for folder in folders[1:]:
+        assert _losses(folder) == pytest.approx(_losses(folders[0]), abs=1e-5)
     for plan, message in (
-        (None, "no hand-written plan for OPTForCausalLM"),
         ("tests.train.test_loop:OPTS", r"model\.plan must be package\.module:NAME"),
         ("tests.train.test_loop:Ranks", r"not a colrow\.plan\.HandPlan"),
     ):
