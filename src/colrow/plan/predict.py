@@ -73,14 +73,13 @@ class _Predictor:
         return Prediction(self._collectives(), *self._sizes())
 
     def _loss(self, logits: Value, module: ModuleCall) -> None:
-        """The largest logit and the sum of a few numbers of every token."""
+        """Of every token the largest logit, and two sums: of exponentials, and the logit of its label."""
         for mode, root in self._selection.trace.runs:
             if root.first <= module.first < root.last:
                 label = f"loss of {module.path}"
-                for what in ("max", "sum"):
-                    self._count_one(
-                        mode, "forward", "all-reduce", f"{label} {what}", logits.shape[:-1], logits.dtype, ()
-                    )
+                tokens = logits.shape[:-1]
+                for what, shape in (("max", tokens), ("sum", (*tokens, 2))):
+                    self._count_one(mode, "forward", "all-reduce", f"{label} {what}", shape, logits.dtype, ())
 
     def _slices(self) -> None:
         """The gradients of values that are born whole, at each place where a part is taken."""
