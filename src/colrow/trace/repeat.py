@@ -150,6 +150,8 @@ class Repeater:
         parts = [[path for path, _ in each.named_modules()] for each in (template.module, module)]
         if parts[0] != parts[1]:
             return None
+        if any(id(part) not in self._paths for each in (template.module, module) for part in each.modules()):
+            return None  # a forward has put new modules in
         old_tensors, new_tensors = _own_tensors(template.module), _own_tensors(module)
         if list(old_tensors) != list(new_tensors):
             return None
