@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch.fx import GraphModule, Node
 
-from colrow.tracer import notes, traced_output, while_tracing
+from colrow.tracer import notes, sees_module_call, traced_output, while_tracing
 
 _PROBABILITIES = ("p", "dropout_p", "dropout")
 _SWITCHES = ("train", "training")
@@ -36,8 +36,9 @@ class TracedRegions:
 
     @while_tracing
     def begin_scope(self, region: str) -> None:
-        """The forward of the module that holds ``region`` begins, in training."""
-        self._scopes().add(region)
+        """The forward of the module that holds ``region`` begins, in training, as its hook tells."""
+        if sees_module_call():
+            self._scopes().add(region)
 
     @while_tracing
     def has_scope(self, region: str) -> bool:

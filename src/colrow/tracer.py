@@ -12,9 +12,11 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch._dynamo
+from torch import nn
 from torch._dynamo.comptime import ComptimeContext, comptime
 from torch._dynamo.output_graph import OutputGraph
 from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch._guards import TracingContext
 
 __all__ = [
     "comptime",
@@ -23,6 +25,7 @@ __all__ = [
     "outside_of_graphs",
     "recall",
     "remember",
+    "sees_module_call",
     "traced_output",
     "while_tracing",
 ]
@@ -47,6 +50,12 @@ def outside_of_graphs(reason: str) -> Callable[[Callable[Parameters, Result]], C
 def must_not_break() -> bool:
     """Whether the graph was asked for with ``fullgraph=True``."""
     return InstructionTranslator.current_tx().one_graph
+
+
+def sees_module_call() -> bool:
+    """Whether the call of a module that runs this hook is part of what is traced, not the hook alone."""
+    file = nn.Module._call_impl.__code__.co_filename
+    return any(frame.filename == file for frame in TracingContext.extract_stack())
 
 
 def traced_output() -> OutputGraph:

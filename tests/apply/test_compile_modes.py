@@ -57,9 +57,12 @@ class Stack(nn.Module):
         return x, insides, outsides
 
 
-def _dropout(inside: float, outside: float, fullgraph: bool) -> tuple[list[Tensor], list[Tensor], int]:
+def _dropout(
+    inside: float, outside: float, fullgraph: bool, derived: bool = False
+) -> tuple[list[Tensor], list[Tensor], int]:
     torch._dynamo.reset()
-    model = colrow.parallelize(Stack(inside, outside), worker_mesh(2), PLAN)
+    shown = (torch.randn(5, 8, dtype=torch.float64),) if derived else PLAN
+    model = colrow.parallelize(Stack(inside, outside), worker_mesh(2), shown)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, backend=counter, fullgraph=fullgraph)
     torch.manual_seed(7)
@@ -90,6 +93,17 @@ def test_dropout_inside_of_regions_breaks_the_graph(ranks: Callable[[int], Pool]
         assert all(0.2 < share < 0.8 for share in _shares([a, b]))
         assert (a != b).double().mean() > 0.3
     for a, b in zip(first[1], second[1], strict=True):
+        assert torch.equal(a, b)
+
+
+def test_dropout_inside_of_derived_regions_breaks_the_graph(ranks: Callable[[int], Pool]) -> None:
+    first, second = ranks(2).run(_dropout, 0.5, 0.0, False, True)
+    assert first[2] > 1
+    for whole in first[0]:  # what the model returns is whole
+        a, b = whole.chunk(2, 1)
+        assert all(0.2 < share < 0.8 for share in _shares([a, b]))
+        assert (a != b).double().mean() > 0.3
+    for a, b in zip([*first[0], *first[1]], [*second[0], *second[1]], strict=True):
         assert torch.equal(a, b)
 
 
