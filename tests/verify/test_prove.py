@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from colrow.launch import LaunchError
+from colrow.launch import LaunchError, launch
 from colrow.plan import AxisSpec, HandPlan, column, row
-from colrow.verify import verify
+from colrow.verify import Report, verify
 
 PERCEPTRON = HandPlan(
     axes={"features": AxisSpec()}, styles={"first": column("features"), "second": row("features")}
@@ -67,6 +68,18 @@ def test_a_rank_does_not_start_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match="this process is one of several ranks"):
         verify(Perceptron, {"x": torch.rand(4, 6)}, 2, PERCEPTRON)
+
+
+def test_a_rank_that_raises_alone_is_no_hang() -> None:
+    start = time.monotonic()
+    report: Report = launch("tests.verify.jobs:raise_on_one_rank", ranks=2, threads_per_rank=1, timeout=120)
+    assert time.monotonic() - start < 60
+    assert [check.name for check in report.failed] == ["the parallelized model raised"]
+    difference = report.difference
+    assert difference is not None
+    assert (difference.direction, difference.module) == ("forward", "bricks.1")
+    assert "on rank 1" in difference.detail
+    assert "ArithmeticError: this rank has had enough" in difference.detail
 
 
 PROGRAM = """

@@ -164,7 +164,7 @@ class _Recorder(TorchFunctionMode):
                 return
         if name in _UNWRITTEN:
             self._alive.append(result)
-            self._unwritten.add(_memory(result))
+            self._unwritten |= {_memory(result)} - {0}
             return
         results = [args[0]] if name == "__setitem__" else tensors_of(result)
         # a call that returns its argument, as `to` and `contiguous` may, makes nothing new
@@ -226,5 +226,5 @@ class _Recorder(TorchFunctionMode):
 
 
 def _memory(tensor: Tensor) -> int:
-    """Tells tensors that share memory from others."""
-    return tensor.untyped_storage().data_ptr()
+    """Tells tensors that share memory from others; 0 for those that have no memory of one piece."""
+    return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else 0

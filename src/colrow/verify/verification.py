@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -44,6 +44,26 @@ class Stopped(Exception):
     """The parallelized model raised: nothing more can be compared."""
 
 
+@dataclass(frozen=True)
+class Case:
+    """One way of running both models.
+
+    Attributes:
+        stage: names it in checks.
+        mode: ``training`` or another.
+        example: the inputs.
+        objective: what the gradients are of.
+        differentiable: whether floating-point inputs want gradients, as they do where a model is a part of
+            another.
+    """
+
+    stage: str
+    mode: str
+    example: Example
+    objective: Objective
+    differentiable: bool = True
+
+
 class Verification:
     """Compares two models, on every rank alike, and collects what it finds.
 
@@ -62,7 +82,6 @@ class Verification:
         self._original, self._model = original, model
         self._runner, self._tolerance = runner, tolerance
         self._exchange: Exchange = runner.exchange
-        self._differentiable: dict[int, bool] = {}
         self._objectives: dict[str, Objective] = {}
         self.checks: list[Check] = []
         self.notes: list[str] = []
@@ -81,10 +100,10 @@ class Verification:
         """
         try:
             for mode, example in examples.items():
-                expected, found = self.compare(mode, mode, example, "outputs")
+                expected, found = self.compare(Case(mode, mode, example, "outputs"))
                 self._objectives[mode] = "loss" if expected.outputs.loss_name else "outputs"
                 if expected.outputs.loss_name:
-                    _, found = self.compare(f"{mode}, loss alone", mode, example, "loss")
+                    _, found = self.compare(Case(f"{mode}, loss alone", mode, example, "loss"))
                 self._collectives(mode, found, with_bytes=with_bytes)
                 self._other_size(mode, example)
             mode = "training" if "training" in examples else next(iter(examples))
@@ -92,7 +111,7 @@ class Verification:
         except Stopped:
             pass
 
-    def compare(self, stage: str, mode: str, example: Example, objective: Objective) -> tuple[Run, Run]:
+    def compare(self, case: Case) -> tuple[Run, Run]:
         """One forward and backward of both models: outputs and gradients.
 
         Returns:
@@ -103,43 +122,46 @@ class Verification:
             OriginalRaised: if the original did.
         """
         for one in (self._original, self._model):
-            one.train(mode == "training")
+            one.train(case.mode == "training")
+        case, expected = self._run_original(case)
         try:
-            expected = self._run_original(example, objective)
+            found = self._run(self._model, case)
         except RunRaised as failed:
-            raise OriginalRaised(
-                f"the original model raised, {stage}, {failed.direction}: {failed}"
-            ) from failed
-        try:
-            found = self._run_model(example, objective)
-        except RunRaised as failed:
-            self._add([Check(stage, "errors", "the parallelized model raised", MISSING, 0.0, str(failed))])
-            self.difference = self.difference or self._raised(stage, failed)
+            note = str(failed)
+            self._add([Check(case.stage, "errors", "the parallelized model raised", MISSING, 0.0, note)])
+            self.difference = self.difference or self._raised(case, failed)
             raise Stopped from failed
-        differing = self._compare_runs(stage, found, expected, everything=objective == "outputs")
+        differing = self._compare_runs(case, found, expected)
         if differing and self.difference is None:
-            self.difference = self._locate(stage, example, objective, differing)
+            self.difference = self._locate(case, differing)
         return expected, found
 
     # runs
 
-    def _run_original(self, example: Example, objective: Objective) -> Run:
-        """Inputs want gradients, as they do where a model is a part of another, unless it changes them."""
-        if self._differentiable.get(id(example), True):
-            try:
-                run = self._runner.run(self._original, example, objective, differentiable=True)
-                self._differentiable[id(example)] = True
-                return run
-            except RunRaised:
-                self._differentiable[id(example)] = False
-        return self._runner.run(self._original, example, objective, differentiable=False)
+    def _run(self, model: nn.Module, case: Case) -> Run:
+        return self._runner.run(model, case.example, case.objective, differentiable=case.differentiable)
 
-    def _run_model(self, example: Example, objective: Objective) -> Run:
-        differentiable = self._differentiable[id(example)]
-        return self._runner.run(self._model, example, objective, differentiable=differentiable)
+    def _run_original(self, case: Case) -> tuple[Case, Run]:
+        """The case as it can be run: inputs that a model writes to cannot want gradients."""
+        buffers = {name: one.clone() for name, one in self._original.named_buffers()}
+        try:
+            return case, self._run(self._original, case)
+        except RunRaised:
+            # what it has noted until then, such as statistics of the batch, the other model has not
+            for name, one in self._original.named_buffers():
+                if name in buffers:
+                    one.copy_(buffers[name])
+        case = replace(case, differentiable=False)
+        try:
+            return case, self._run(self._original, case)
+        except RunRaised as failed:
+            raise OriginalRaised(
+                f"the original model raised, {case.stage}, {failed.direction}: {failed}"
+            ) from failed
 
-    def _compare_runs(self, stage: str, found: Run, expected: Run, *, everything: bool) -> list[Check]:
+    def _compare_runs(self, case: Case, found: Run, expected: Run) -> list[Check]:
         """The checks that failed."""
+        stage, everything = case.stage, case.objective == "outputs"
         tolerance = self._tolerance
         outputs, whole = dict(found.outputs.values), dict(expected.outputs.values)
         if not everything:  # other outputs, such as logits, may be cut
@@ -181,7 +203,7 @@ class Verification:
         refused = []
         for description, resized in other_sizes(example):
             try:
-                self.compare(f"{mode}, {description}", mode, resized, "outputs")
+                self.compare(Case(f"{mode}, {description}", mode, resized, "outputs"))
                 return
             except OriginalRaised as error:
                 refused.append(str(error))
@@ -204,7 +226,7 @@ class Verification:
         optimizers: list[torch.optim.Optimizer] = []
         for step in range(steps):
             stage = f"step {step + 1}"
-            self.compare(stage, mode, example, self._objectives[mode])
+            self.compare(Case(stage, mode, example, self._objectives[mode]))
             if not optimizers:
                 # clipping has to act, and a step to be neither lost in rounding nor to blow the model up
                 norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
@@ -279,20 +301,12 @@ class Verification:
 
     # causes
 
-    def _locate(
-        self, stage: str, example: Example, objective: Objective, failed: Sequence[Check]
-    ) -> Difference:
-        largest = max((one.error for one in failed if math.isfinite(one.error)), default=1.0)
-        try:
-            with recorded(self._original) as expected:
-                expected.parameters = self._run_original(example, objective).gradients
-            with recorded(self._model) as found:
-                found.parameters = self._run_model(example, objective).gradients
-        except RunRaised as raised:
-            return self._raised(stage, raised)
-        localiser = Localiser(expected, found, self._original, self._exchange, self._tolerance, largest)
+    def _locate(self, case: Case, failed: Sequence[Check]) -> Difference:
         gradients = [check.name for check in failed if check.kind == "gradients"]
         values = [check for check in failed if check.kind != "gradients"]
+        localiser = self._record(case, max((one.error for one in failed if one.error < MISSING), default=1.0))
+        if isinstance(localiser, Difference):
+            return localiser
         difference = localiser.forward() if values else localiser.backward(gradients) or localiser.forward()
         if difference is None:
             # nothing on the way: a part is returned where all was, or an error below what is sought for
@@ -301,9 +315,20 @@ class Verification:
             detail = f"{first.kind}: {first.name}" + (f": {first.note}" if first.note else "")
             kind = type(self._original).__name__
             difference = Difference(direction, "", kind, error=first.error, detail=detail)
-        return replace(difference, stage=stage)
+        return replace(difference, stage=case.stage)
 
-    def _raised(self, stage: str, failed: RunRaised) -> Difference:
+    def _record(self, case: Case, error: float) -> Localiser | Difference:
+        """Both models once more, with everything that they compute; a difference already if one raises."""
+        with recorded(self._original) as expected:
+            expected.parameters = self._run(self._original, case).gradients
+        try:
+            with recorded(self._model) as found:
+                found.parameters = self._run(self._model, case).gradients
+        except RunRaised as raised:
+            return self._raised(case, raised)
+        return Localiser(expected, found, self._original, self._exchange, self._tolerance, error)
+
+    def _raised(self, case: Case, failed: RunRaised) -> Difference:
         first = failed.raised.first
         ranks = failed.raised.ranks
         of_ranks = "" if len(ranks) == self._exchange.size else f"on rank {', '.join(map(str, ranks))} "
@@ -314,8 +339,8 @@ class Verification:
             kind,
             place=first.place,
             text=first.text,
-            detail=f"only the parallelized model raises, {of_ranks}{first.error}".replace(" ,", ","),
-            stage=stage,
+            detail=f"only the parallelized model raises, {of_ranks}{first.error}",
+            stage=case.stage,
         )
 
 
