@@ -26,7 +26,7 @@ def check_range(ids: Tensor, size: int, what: str) -> None:
         # of no ids, too; their minimum would be an error
         torch._assert_async(((ids >= 0) & (ids < size)).all(), f"{what} must be in [0, {size})")
         return
-    if not ids.numel():
+    if not ids.numel() or ids.is_meta:
         return
     low, high = torch.aminmax(ids)
     if ids.device.type == "cpu":

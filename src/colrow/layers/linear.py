@@ -118,7 +118,7 @@ class _RowLinear(torch.autograd.Function):
 def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
     """The operands in autocast's dtype, as it would give them to ``F.linear``."""
     device = next(tensor for tensor in tensors if tensor is not None).device.type
-    if not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return list(tensors)
     dtype = torch.get_autocast_dtype(device)
     return [

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from torch import nn
@@ -63,7 +63,7 @@ def derive_plan(
         PlanError: if ``share`` or ``forbid`` do not fit.
     """
     trace = record(model, examples)
-    return _Derivation(model, infer(trace, registry), ranks, share, forbid).run()
+    return _Derivation(model, examples, infer(trace, registry), ranks, share, forbid).run()
 
 
 def record(model: nn.Module, examples: Mapping[str, Example]) -> Trace:
@@ -95,11 +95,13 @@ class _Derivation:
     def __init__(
         self,
         model: nn.Module,
+        examples: Mapping[str, Example],
         axes: Axes,
         ranks: int,
         share: Sequence[float] | None,
         forbid: Collection[str],
     ) -> None:
+        self._examples = examples
         self._model, self._axes, self._ranks, self._share = model, axes, ranks, share
         self._forbid = forbid
         self._candidates = find_candidates(axes, ranks) if ranks > 1 else []
@@ -111,7 +113,8 @@ class _Derivation:
             chosen = choose(self._axes, self._candidates, self._banned)
             selection = Selection(self._axes, self._named(chosen))
             try:
-                return self._plan(self._place(selection))
+                placed = self._place(selection)
+                return self._tried(self._plan(placed), placed)
             except CannotPlaceError as error:
                 self._ban(error, chosen)
         raise PlanError(
@@ -120,6 +123,18 @@ class _Derivation:
             + "; ".join(str(reason) for reason in list(self._banned.values())[-3:]),
             "Forbid the parameters named here, or write a plan by hand (docs/plans.md).",
         )
+
+    def _tried(self, plan: Plan, placed: _Placed) -> Plan:
+        """The plan, when one rank's model has run on meta tensors as it says."""
+        from colrow.apply.dry_run import dry_run  # what applies plans knows about plans
+
+        if not plan.axes:
+            return plan
+        smallest = min(
+            range(plan.ranks), key=lambda rank: [axis.cut.count(rank) for axis in plan.axes.values()]
+        )
+        note = dry_run(self._model, self._examples, plan, placed.states, smallest)
+        return plan if note is None else replace(plan, notes=(*plan.notes, note))
 
     def _ban(self, error: CannotPlaceError, chosen: Sequence[Candidate]) -> None:
         new = {key(one): error.reason for one in error.candidates if key(one) not in self._banned}

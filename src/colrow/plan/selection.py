@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from colrow.axes import Axes, dimension_layout
+from colrow.axes.cutting import held_indices
 from colrow.axes.factor import Factor, Reason
 from colrow.layout import Cut, DimensionLayout
 from colrow.plan.candidates import Candidate
@@ -130,6 +131,17 @@ class Selection:
             return dimension_layout(self.axes.factors, factor, candidate.axis.atom, within)
         except ValueError as error:
             raise self.cannot(str(error), value) from error
+
+    def local_shape(self, value: Value, rank: int) -> tuple[int, ...]:
+        """The shape of a rank's part of a value."""
+        held: dict[int, tuple[int, int]] = {}
+        for one in self.chosen:
+            held.update(one.held(rank))
+        sizes = []
+        for factor in self.axes.dimensions(value):
+            kept = None if factor.size <= 1 else held_indices(self.axes.factors, factor, held)
+            sizes.append(factor.size if kept is None else len(kept))
+        return tuple(sizes)
 
     def cannot(self, text: str, *subjects: Value | Operation | None) -> CannotPlaceError:
         """The error that says so and blames the axes of ``subjects``, or of what surrounds them."""

@@ -95,17 +95,20 @@ def trace_together(
     *,
     routing: Routing = "error",
     copy_layers: bool = True,
+    originals: dict[int, Tensor] | None = None,
 ) -> Trace:
     """One trace of all examples, one after the other: what they have in common is parameters and buffers.
 
     What holds of it holds of every mode, as a plan must. See :func:`trace_all`; the runs are told apart by
     :attr:`Trace.runs`.
+
+    Args:
+        originals: of a copy on meta, what :func:`colrow.trace.meta.meta_copy` gave with it.
     """
-    originals: dict[int, Tensor] = {}
     if not is_on_meta(model):
         model, originals = meta_copy(model)
     recorder = Recorder(", ".join(examples), routing)
-    _register_model(recorder, model, originals)
+    _register_model(recorder, model, originals or {})
     for mode, example in examples.items():
         _run(recorder, model, example, mode, copy_layers)
     recorder.finish()
@@ -153,6 +156,7 @@ def _run(recorder: Recorder, model: nn.Module, example: Example, mode: str, copy
             raise
         except Exception as error:
             where = recorder.failed_in or "the model itself"
+            error.colrow_module = recorder.failed_in  # type: ignore[attr-defined]
             error.add_note(f"This happened while colrow recorded {where} on meta tensors ({mode}).")
             raise
         trace = recorder.trace

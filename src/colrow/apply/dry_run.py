@@ -1,0 +1,138 @@
+"""Running a cut model on meta tensors, before anything real happens.
+
+One rank's model is made on the meta device and recorded with the same calls as the original was. Its modules
+have to give what the plan says: parts of the shapes that were worked out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+from torch import Tensor, nn
+
+from colrow.apply.actions import Applier
+from colrow.collectives import Communicator
+from colrow.collectives.pending import Pending
+from colrow.collectives.statistics import CommStats
+from colrow.plan import Gather, ModuleOutput, Plan
+from colrow.plan.selection import CannotPlaceError
+from colrow.plan.states import States
+from colrow.trace import Example, Trace, TraceError, trace_together
+from colrow.trace.meta import meta_copy
+from colrow.trace.records import ModuleCall, Operation, Value
+
+
+class DryRanks(Communicator):
+    """A group of ranks that are not there: collectives give results of the right shapes.
+
+    Args:
+        rank: whose part is played.
+        size: of the group.
+    """
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank, self.size = rank, size
+        self.global_ranks = tuple(range(size))
+        self.statistics = CommStats()
+        self.sequence = 0
+        self._is_gloo = True
+        self._subgroups = {}
+
+    def _begin(
+        self,
+        operation: str,
+        label: str,
+        payload: int,
+        start: Callable[[], object],
+        finish: Callable[[], Tensor],
+    ) -> Pending:
+        return Pending.completed(finish())
+
+    def subgroup(self, ranks: Sequence[int]) -> Communicator:
+        """Some of the ranks."""
+        members = tuple(ranks)
+        return DryRanks(members.index(self.rank), len(members))
+
+
+def dry_run(
+    model: nn.Module, examples: Mapping[str, Example], plan: Plan, states: States, rank: int
+) -> str | None:
+    """Record the model of ``rank`` and compare its modules' outputs with what ``plan`` says of them.
+
+    Args:
+        model: the original; not changed.
+        examples: the calls that the plan was made from.
+        plan: for ``model``.
+        states: of the selection that the plan does.
+        rank: whose model is run.
+
+    Returns:
+        Why it could not be compared, if so.
+
+    Raises:
+        CannotPlaceError: if the rank's model raises, or gives other shapes; names the axes of the module.
+    """
+    copied, originals = meta_copy(model)
+    Applier(copied, DryRanks(rank, plan.ranks), _without_loss(plan)).apply(gather_logits=True)
+    try:
+        found = trace_together(copied, examples, routing="guess", originals=originals)
+    except TraceError as error:
+        return f"the dry run was given up: {error}"
+    except Exception as error:
+        path = getattr(error, "colrow_module", "")
+        raise states.selection.cannot(
+            f"on rank {rank} {path or 'the model'} raises {type(error).__name__}: {error}",
+            *_operations(states.selection.trace, path),
+        ) from error
+    return _compare(found, states, rank)
+
+
+def _without_loss(plan: Plan) -> Plan:
+    """The plan with logits gathered before the loss: a loss of parts needs real numbers."""
+    if plan.loss is None:
+        return plan
+    sharding = plan.parameters[f"{plan.loss.logits}.weight"]
+    logits = replace(sharding, dimension=-1)
+    return replace(plan, loss=None, gathers=(*plan.gathers, Gather(ModuleOutput(plan.loss.logits), logits)))
+
+
+def _operations(trace: Trace, path: str) -> list[Operation]:
+    """The operations of a module, or of all if none has that path."""
+    found = [one for one in trace.operations if one.module is not None and _inside(one.module, path)]
+    return found or trace.operations
+
+
+def _inside(module: ModuleCall, path: str) -> bool:
+    return module.path == path or module.path.startswith(f"{path}.") or not path
+
+
+def _compare(found: Trace, states: States, rank: int) -> str | None:
+    expected = states.selection.trace
+    paths = [[call.path for call in trace.modules] for trace in (expected, found)]
+    if paths[0] != paths[1]:
+        return "the dry run was given up: the cut model calls other modules than the original"
+    for call, local in zip(expected.modules, found.modules, strict=True):
+        for (_, value), (_, part) in zip(call.outputs, local.outputs, strict=False):
+            shape = _shape(value, call, states, rank)
+            if shape is not None and shape != part.shape:
+                raise _mismatch(call, shape, part.shape, states, rank)
+    return None
+
+
+def _mismatch(
+    call: ModuleCall, shape: tuple[int, ...], found: tuple[int, ...], states: States, rank: int
+) -> CannotPlaceError:
+    operations = states.selection.trace.operations[call.first : call.last]
+    return states.selection.cannot(
+        f"{call.path or 'the model'} would give {list(found)} on rank {rank}, not {list(shape)}", *operations
+    )
+
+
+def _shape(value: Value, call: ModuleCall, states: States, rank: int) -> tuple[int, ...] | None:
+    """What a module's output should be on a rank; ``None`` if that is not known."""
+    if value.index in states.slices:
+        return None  # a part may have been taken of it here already
+    if call.parent is None or value.index in states.borders or not states.made_local(value):
+        return value.shape
+    return states.selection.local_shape(value, rank)
