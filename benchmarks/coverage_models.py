@@ -61,7 +61,8 @@ def run(builders: Path, name: str, ranks: int, report: Report) -> None:
     model, inputs = module.build(name)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     report(stage="run", parameters=sum(sizes.values()))
-    apart(lambda: _call(model, inputs))
+    with torch.no_grad(), one_precision():
+        model(**inputs)  # some models take on their form when they are first called
     report(stage="trace", runs=True)
     examples = {"training" if model.training else "evaluation": Example((), inputs)}
     trace = record(model, examples)
@@ -71,11 +72,6 @@ def run(builders: Path, name: str, ranks: int, report: Report) -> None:
     notes = [*trace.warnings, *plan.notes]
     report(stage="verify", planned=True, share_cut=cut / max(1, sum(sizes.values())), notes=notes)
     report(**on_ranks(ranks, lambda mesh: _verify(model, examples, plan, mesh)), stage="done")
-
-
-def _call(model: nn.Module, inputs: dict[str, Any]) -> None:
-    with torch.no_grad(), one_precision():
-        model(**inputs)
 
 
 def _verify(
@@ -93,31 +89,6 @@ def _verify(
         "first_difference": difference.removeprefix("first difference: "),
         "detail": str(found),
     }
-
-
-def apart(work: Callable[[], None]) -> None:
-    """Do something in a forked process, so that nothing is changed here.
-
-    Raises:
-        RankError: if it raises or the process dies.
-    """
-    ours, theirs = Pipe()
-    parent = os.getpid()
-    if os.fork() == 0:
-        end_with_parent(parent)
-        try:
-            work()
-            theirs.send(None)
-        except BaseException as error:
-            theirs.send((describe(error), traceback.format_exc()))
-        os._exit(0)
-    theirs.close()
-    try:
-        said = ours.recv()
-    except EOFError:
-        said = ("the process died", "")
-    if said is not None:
-        raise RankError(*said)
 
 
 def on_ranks(ranks: int, function: Callable[[DeviceMesh], dict[str, Any]]) -> dict[str, Any]:

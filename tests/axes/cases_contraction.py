@@ -50,6 +50,14 @@ def linear(draw: Draw, function: Any) -> Case:
     return Case(function, [draw.tensor(2, rows, inner), draw.tensor(columns, inner), bias], free=4)
 
 
+@case("aten._trilinear")
+def trilinear(draw: Draw, function: Any) -> Case:
+    """As ``nn.Bilinear`` calls it: rows, outputs, and two kinds of features that are summed over."""
+    rows, outputs, first, second = (draw.size() for _ in range(4))
+    tensors = [draw.tensor(rows, first), draw.tensor(outputs, first, second), draw.tensor(rows, second)]
+    return Case(function, [*tensors, [1, 3], [0], [1, 2], [2, 3]], free=4)
+
+
 @case("aten.sum.default", "aten.nansum")
 def sum_all(draw: Draw, function: Any) -> Case:
     shape = draw.sizes()

@@ -103,6 +103,27 @@ def linear(op: RuleContext) -> None:
         _addend(op, bias)
 
 
+@rule("aten._trilinear", linear=["i1", "i2", "i3"])
+def trilinear(op: RuleContext) -> None:
+    """Three tensors, given dimensions of one index each, are multiplied and summed over some dimensions."""
+    expanded = []
+    for name in ("1", "2", "3"):
+        dimensions = list(op.dimensions(f"i{name}"))
+        for dimension in sorted(op.argument(f"expand{name}")):
+            dimensions.insert(int(dimension), op.atom(1))
+        expanded.append(dimensions)
+    result = []
+    for factors in zip(*expanded, strict=True):
+        first, *others = [factor for factor in factors if factor.size != 1] or factors
+        for factor in others:
+            op.unify(first, factor)
+        result.append(first)
+    summed = {int(dimension) for dimension in op.argument("sumdim")}
+    for dimension in summed:
+        op.contract(result[dimension])
+    op.set_output([factor for index, factor in enumerate(result) if index not in summed])
+
+
 @rule("aten.sum", "aten.nansum", linear=["self"])
 def sum_(op: RuleContext) -> None:
     dimensions = op.dimensions("self")
