@@ -56,12 +56,10 @@ class Collective(ABC):
     Attributes:
         communicator: the ranks that take part.
         label: names the collective, and its adjoint, in errors and statistics.
-        is_local: it moves nothing forward; its result may share memory with the input.
     """
 
     communicator: Communicator
     label: str
-    is_local: ClassVar[bool] = False
 
     @property
     @abstractmethod
@@ -72,9 +70,13 @@ class Collective(ABC):
     def start(self, x: Tensor) -> Pending:
         """Begin on plain values; no autograd. Never writes into ``x``."""
 
-    def traced(self, x: Tensor) -> Tensor:
-        """The result on plain values, in operators that torch.compile can trace; no autograd."""
+    def run(self, x: Tensor) -> Tensor:
+        """The result on plain values; no autograd."""
         return self.start(x).wait()
+
+    @abstractmethod
+    def traced(self, x: Tensor) -> Tensor:
+        """:meth:`run` in operators that torch.compile can trace."""
 
     @abstractmethod
     def adjoint(self) -> Collective:
@@ -85,7 +87,7 @@ class Collective(ABC):
         is_differentiated = x.requires_grad and torch.is_grad_enabled()
         if torch.compiler.is_compiling():
             return _Traced.apply(x, self) if is_differentiated else self.traced(x)
-        return _Apply.apply(x, self) if is_differentiated else self.start(x).wait()
+        return _Apply.apply(x, self) if is_differentiated else self.run(x)
 
     def begin(self, x: Tensor) -> PendingResult:
         """Start on ``x`` and return at once; the result, differentiable too, comes from ``wait()``."""
@@ -96,7 +98,7 @@ class _Apply(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, collective: Collective) -> Tensor:
         ctx.collective = collective
-        result = collective.start(x).wait()
+        result = collective.run(x)
         return x.view_as(x) if result is x else result
 
     @staticmethod
@@ -125,7 +127,8 @@ class _Traced(torch.autograd.Function):
         ctx.collective = collective
         result = collective.traced(x)
         # a view of x would lose its gradient formula where a graph returns both (a fault of AOTAutograd)
-        return result.clone() if collective.is_local or collective.communicator.size == 1 else result
+        may_share = isinstance(collective, LocalCollective) or collective.communicator.size == 1
+        return result.clone() if may_share else result
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
@@ -157,14 +160,28 @@ class PendingResult:
 
 
 @dataclass(frozen=True)
-class Enter(Collective):
-    """I → R: the identity; its adjoint sums the partial gradients. Entry of a region."""
+class LocalCollective(Collective):
+    """One that moves nothing forward. Its result may share memory with its input."""
 
-    is_local: ClassVar[bool] = True
-    types: ClassVar[tuple[str, str]] = ("I", "R")
+    @abstractmethod
+    def run(self, x: Tensor) -> Tensor:
+        """The result on plain values; no autograd."""
 
     def start(self, x: Tensor) -> Pending:
-        return Pending.completed(x)
+        return Pending.completed(self.run(x))
+
+    def traced(self, x: Tensor) -> Tensor:
+        return self.run(x)
+
+
+@dataclass(frozen=True)
+class Enter(LocalCollective):
+    """I → R: the identity; its adjoint sums the partial gradients. Entry of a region."""
+
+    types: ClassVar[tuple[str, str]] = ("I", "R")
+
+    def run(self, x: Tensor) -> Tensor:
+        return x
 
     def adjoint(self) -> Collective:
         return AllReduce(self.communicator, self.label, "I")
@@ -233,10 +250,9 @@ class ReduceScatter(Collective):
 
 
 @dataclass(frozen=True)
-class Slice(Collective):
+class Slice(LocalCollective):
     """R → V or I → V: this rank's part of a value that all hold; moves nothing forward."""
 
-    is_local: ClassVar[bool] = True
     dimension: int
     sizes: Sizes = None
     src: Literal["I", "R"] = "R"
@@ -245,9 +261,9 @@ class Slice(Collective):
     def types(self) -> tuple[str, str]:
         return self.src, "V"
 
-    def start(self, x: Tensor) -> Pending:
+    def run(self, x: Tensor) -> Tensor:
         start, sizes = _offset(self, self.sizes, x.shape[self.dimension])
-        return Pending.completed(x.narrow(self.dimension, start, sizes[self.communicator.rank]).contiguous())
+        return x.narrow(self.dimension, start, sizes[self.communicator.rank]).contiguous()
 
     def adjoint(self) -> Collective:
         if self.src == "I":
@@ -256,54 +272,51 @@ class Slice(Collective):
 
 
 @dataclass(frozen=True)
-class Pad(Collective):
+class Pad(LocalCollective):
     """V → P: this rank's part in its place, zeros elsewhere; moves nothing forward."""
 
-    is_local: ClassVar[bool] = True
     dimension: int
     sizes: Sizes = None
     types: ClassVar[tuple[str, str]] = ("V", "P")
 
-    def start(self, x: Tensor) -> Pending:
+    def run(self, x: Tensor) -> Tensor:
         extent = x.shape[self.dimension] * self.communicator.size
         start, sizes = _offset(self, self.sizes, extent)
         shape = list(x.shape)
         shape[self.dimension] = sum(sizes)
         out = x.new_zeros(shape)
         out.narrow(self.dimension, start, sizes[self.communicator.rank]).copy_(x)
-        return Pending.completed(out)
+        return out
 
     def adjoint(self) -> Collective:
         return Slice(self.communicator, self.label, self.dimension, self.sizes, "R")
 
 
 @dataclass(frozen=True)
-class FirstRankOnly(Collective):
+class FirstRankOnly(LocalCollective):
     """R → P or I → P: the value on the group's first rank, zeros on the others. A bias added once."""
 
-    is_local: ClassVar[bool] = True
     src: Literal["I", "R"] = "R"
 
     @property
     def types(self) -> tuple[str, str]:
         return self.src, "P"
 
-    def start(self, x: Tensor) -> Pending:
-        return Pending.completed(x if self.communicator.rank == 0 else torch.zeros_like(x))
+    def run(self, x: Tensor) -> Tensor:
+        return x if self.communicator.rank == 0 else torch.zeros_like(x)
 
     def adjoint(self) -> Collective:
         return self if self.src == "R" else Assume(self.communicator, self.label)
 
 
 @dataclass(frozen=True)
-class Assume(Collective):
+class Assume(LocalCollective):
     """R → I: the identity; of the gradient, equal on all ranks, one rank's counts."""
 
-    is_local: ClassVar[bool] = True
     types: ClassVar[tuple[str, str]] = ("R", "I")
 
-    def start(self, x: Tensor) -> Pending:
-        return Pending.completed(x)
+    def run(self, x: Tensor) -> Tensor:
+        return x
 
     def adjoint(self) -> Collective:
         return FirstRankOnly(self.communicator, self.label, "I")
