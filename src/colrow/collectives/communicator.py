@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -365,6 +365,12 @@ class Communicator:
             self._subgroups[members] = self._make_subgroup([self.global_ranks[rank] for rank in members])
         return self._subgroups[members]
 
+    def with_subgroups(self) -> Iterator[Communicator]:
+        """This communicator and those made of it."""
+        yield self
+        for subgroup in self._subgroups.values():
+            yield from subgroup.with_subgroups()
+
     def _make_subgroup(self, global_ranks: list[int]) -> Communicator:
         device = torch.device("cpu" if self._is_gloo else "cuda")
         # torch sorts the ranks unless told otherwise; releases without the option have sorted groups only
@@ -416,11 +422,13 @@ def communicator(group: Group) -> Communicator:
 def comm_stats(group: Group | None = None) -> CommStats:
     """Count, bytes and seconds of the collectives that this rank took part in since the last reset.
 
+    Graphs that torch.compile made are not seen: what they move is not counted.
+
     Args:
-        group: count this group only; default: all groups together.
+        group: count this group and the subgroups made of it; default: all groups together.
     """
     if group is not None:
-        return CommStats().merge([communicator(group).statistics])
+        return CommStats().merge(one.statistics for one in communicator(group).with_subgroups())
     return CommStats().merge(one.statistics for one in _communicators.values())
 
 
