@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from colrow.apply.actions import Applier
 from colrow.apply.check import check_plan
 from colrow.apply.refusals import refuse_own_save
+from colrow.axes import Registry
 from colrow.collectives import communicator
 from colrow.errors import PlanError
 from colrow.plan import HandPlan, Plan, derive_plan
@@ -30,6 +31,7 @@ def parallelize(
     logits: Literal["gather", "local"] = "gather",
     share: Sequence[float] | None = None,
     forbid: Collection[str] = (),
+    registry: Registry | None = None,
 ) -> nn.Module:
     """Cut ``model`` over the mesh's ``tp`` ranks, in place, and return it.
 
@@ -55,6 +57,8 @@ def parallelize(
             ``"local"``: this rank's ids, for :func:`colrow.cross_entropy`.
         share: relative size of each rank's part, for unequal devices: ``[3, 3, 2]``.
         forbid: names of parameters, or of a plan's axes, that must stay whole.
+        registry: the rules of operators, where the model has some of its own; see :func:`colrow.rule`. Not
+            used with a plan.
 
     Raises:
         PlanError: if the plan does not fit the model or the mesh, or the ranks' weights differ.
@@ -68,7 +72,9 @@ def parallelize(
     elif isinstance(example, HandPlan):
         plan = example.resolve(model, ranks.size, share)
     else:
-        plan = derive_plan(model, examples_of(example), ranks.size, share=share, forbid=forbid)
+        plan = derive_plan(
+            model, examples_of(example), ranks.size, share=share, forbid=forbid, registry=registry
+        )
     if plan.ranks != ranks.size:
         raise PlanError(
             "", f"the plan is for {plan.ranks} ranks, the mesh has {ranks.size}", "Make a new one."

@@ -16,6 +16,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from colrow.apply import parallelize
+from colrow.axes import Registry
 from colrow.collectives import communicator
 from colrow.launch import launch
 from colrow.launch.environment import under_launcher
@@ -48,6 +49,7 @@ def verify(
     steps: int = 3,
     dtype: torch.dtype = torch.float64,
     share: Sequence[float] | None = None,
+    registry: Registry | None = None,
     seed: int = 0,
     timeout: float = 600.0,
 ) -> Report:
@@ -70,6 +72,8 @@ def verify(
         steps: of the optimizer; 0 for none.
         dtype: float64, or float32 with a wider tolerance.
         share: relative size of each rank's part; default: balanced.
+        registry: the rules of operators, for the derived plan; see :func:`colrow.rule`. Its rules are sent to
+            the processes too: functions of a module.
         seed: of the weights, where the model is made by a function, and of everything random.
         timeout: seconds for everything.
 
@@ -87,7 +91,14 @@ def verify(
             "this process is one of several ranks, and cannot start others: call "
             'colrow.verify.verify_on_ranks with their mesh, or put this call under if __name__ == "__main__"'
         )
-    options = {"plan": plan, "steps": steps, "dtype": dtype, "share": share, "seed": seed}
+    options = {
+        "plan": plan,
+        "steps": steps,
+        "dtype": dtype,
+        "share": share,
+        "registry": registry,
+        "seed": seed,
+    }
     try:
         work = pickle.dumps((model, examples, options))
     except Exception as error:
@@ -126,6 +137,7 @@ def verify_on_ranks(
     steps: int = 3,
     dtype: torch.dtype = torch.float64,
     share: Sequence[float] | None = None,
+    registry: Registry | None = None,
     seed: int = 0,
 ) -> Report:
     """:func:`verify` on ranks that exist already: each of them calls this.
@@ -153,7 +165,7 @@ def verify_on_ranks(
         original, cut = build_pair(model, dtype, seed)
         modes = examples_by_mode(original, examples)
         started = time.perf_counter()
-        the_plan = _all_or_none(exchange, cut, lambda: _plan(cut, modes, ranks.size, plan, share))
+        the_plan = _all_or_none(exchange, cut, lambda: _plan(cut, modes, ranks.size, plan, share, registry))
         plan_seconds = time.perf_counter() - started
         alike = all(other == the_plan for other in exchange.gather(the_plan))
         _all_or_none(exchange, cut, lambda: parallelize(cut, mesh, the_plan))
@@ -193,12 +205,13 @@ def _plan(
     ranks: int,
     plan: Plan | HandPlan | None,
     share: Sequence[float] | None,
+    registry: Registry | None,
 ) -> Plan:
     if isinstance(plan, Plan):
         return plan
     if isinstance(plan, HandPlan):
         return plan.resolve(model, ranks, share)
-    return derive_plan(model, examples, ranks, share=share)
+    return derive_plan(model, examples, ranks, share=share, registry=registry)
 
 
 def _all_or_none(exchange: Exchange, model: nn.Module, work: Callable[[], T]) -> T:
