@@ -117,6 +117,13 @@ def test_a_folder(tmp_path: Path) -> None:
     assert data["num_hidden_layers"] == 2, "the folder is as it was"
 
 
+def test_lists_of_layers_follow_their_number(tmp_path: Path) -> None:
+    transformers.Gemma3TextConfig(hidden_size=48, num_hidden_layers=6, head_dim=8).save_pretrained(tmp_path)
+    assert len(json.loads((tmp_path / "config.json").read_text())["layer_types"]) == 6
+    config = load(str(tmp_path), {"num_hidden_layers": 2}).model.config
+    assert config.layer_types == ["sliding_attention"] * 2
+
+
 def test_a_folder_without_a_configuration(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
         load(str(tmp_path))
@@ -207,3 +214,32 @@ def test_a_package_that_a_module_lacks_is_told_as_such(
     with pytest.raises(ModuleNotFoundError, match="a_package_that_is_not_there"):
         load("needs_more:build")
     sys.modules.pop("needs_more", None)
+
+
+@pytest.mark.parametrize("name", ["LlavaConfig", "Qwen2_5_VLConfig"])
+def test_words_stand_for_features_of_images(name: str) -> None:
+    loaded = load(f"transformers:{name}", shrink=True, device="cpu")
+    given = keywords(loaded, "training")
+    assert "pixel_values" in given
+    token = getattr(loaded.model.config, "image_token_id", None)
+    assert 0 < int((given["input_ids"] == token).sum()) < given["input_ids"].numel()
+    loss = loaded.model.train()(**given).loss
+    loss.backward()
+    vision = [one.grad for path, one in loaded.model.named_parameters() if "vis" in path and one.dim() > 1]
+    assert any(one is not None and bool(one.any()) for one in vision), "the images reach the loss"
+
+
+def test_images_of_a_whole_model_on_meta() -> None:
+    given = keywords(load("transformers:PaliGemmaConfig", {"text_config.num_hidden_layers": 1}), "evaluation")
+    assert given["pixel_values"].shape == (2, 3, 224, 224)
+    # 224 / 14 patches along each side, and ten words
+    assert given["input_ids"].shape == (2, 256 + 10)
+
+
+def test_a_model_whose_images_do_not_fit_its_words_is_given_words() -> None:
+    # by default its vision part has results of 3584 features, its words 8192
+    given = keywords(
+        load("transformers:Qwen2_5_VLConfig", {"text_config.num_hidden_layers": 1}), "evaluation"
+    )
+    assert "pixel_values" not in given
+    assert given["input_ids"].shape == (2, 10)

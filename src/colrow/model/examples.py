@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from colrow.model.inputs import make_inputs
+from colrow.model.inputs import Recipe, make_inputs
 from colrow.model.labels import make_labels
 from colrow.trace import Example
 
@@ -22,7 +22,13 @@ def examples_of(model: Any, calls: Calls, seed: int) -> dict[str, Example]:
         calls: what is known of how it can be called.
         seed: of the random inputs.
     """
-    inputs = make_inputs(model, calls.recipe, seed)
+    try:
+        inputs = make_inputs(model, calls.recipe, seed)
+    except Exception:
+        if not calls.recipe.with_images:
+            raise
+        # the features of its images are not as wide as its words: it is good for text only
+        inputs = make_inputs(model, Recipe((("input_ids", 0),)), seed)
     found = {}
     if calls.trains:
         training = dict(inputs)

@@ -28,7 +28,7 @@ Role = Literal[
 ]
 
 _PATTERNS: tuple[tuple[Role, tuple[str, ...]], ...] = (
-    ("vocabulary", (r"vocab_size", r"^num_embeddings$")),
+    ("vocabulary", (r"vocab_size", r"vocab$", r"^num_embeddings$")),
     (
         "token",
         (
@@ -53,7 +53,7 @@ _PATTERNS: tuple[tuple[Role, tuple[str, ...]], ...] = (
             r"(kernel|patch|window|chunk|batch|block|step|group|merge|pool|roi|cache|grid|stride)_sizes?$",
             r"(frame|type|tubelet|input|context|mask|background|codebook|image_embedding|feat)_sizes?$",
             r"layer_norm|layer_scale|conv_kernel|position_embedding|_per_stage$",
-            r"^num_(channels|mel_bins)$",
+            r"^num_(channels|mel_bins)$|^(model_in|mel)_dim$",
             r"^in_(channels|chans)$",
             r"^audio_channels$",
             r"num_feat_extract_layers",
@@ -67,7 +67,7 @@ _PATTERNS: tuple[tuple[Role, tuple[str, ...]], ...] = (
             r"^layers$",
             r"(^|_)depth$",
             r"^n_layer$",
-            r"^(depths|blocks_per_stage|stage_num_blocks|stage_numb_of_layers)$",
+            r"^(depths|blocks_per_stage|stage_num_blocks|stage_numb_of_layers|num_block_repeats)$",
         ),
     ),
     ("heads", (r"heads$", r"^n_head$", r"_heads_", r"num_key_value_groups", r"^(mamba_)?n_groups$")),
@@ -98,7 +98,7 @@ _PATTERNS: tuple[tuple[Role, tuple[str, ...]], ...] = (
         "width",
         (
             r"(size|sizes|dim|dims|channels?|width|units|features|filters|rank|hidden_size_global)$",
-            r"^(d_model|n_embd)$",
+            r"^(d_model|n_embd|d_latents)$",
             r"^dim_|_dim_|_channels_list$",
         ),
     ),

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 Change = Callable[[Tree], None]
 
 DIVISORS = (64, 32, 16, 8, 4, 2)
+MOST_TRIALS = 80
 LARGE = 96
 """Widths above this are still made smaller."""
 
@@ -37,35 +38,67 @@ def shrink_gradually(
     started = _start(model_class, config)
     if started is None:
         return None
-    config, recipe = started
+    trials = _Trials(model_class, *started)
     for name, alternatives in _steps():
         if name != omit:
-            config = _step(model_class, config, recipe, alternatives)
-    for value in _large_widths(config):
-        config = _step(model_class, config, recipe, [partial(_divide_value, value, one) for one in DIVISORS])
-    return config, recipe
+            trials.step(alternatives)
+    for value in _large_widths(trials.config):
+        trials.step([partial(_divide_value, value, one) for one in DIVISORS])
+    return trials.config, trials.recipe
 
 
 def _start(
     model_class: type[PreTrainedModel], config: PreTrainedConfig
 ) -> tuple[PreTrainedConfig, Recipe] | None:
     """With few layers if possible, and with values for what is left open if necessary."""
-    changes: list[list[Change]] = [
-        [_few_layers("kinds")],
-        [_few_layers("kinds"), sizes.limit_queries],
+    few = _few_layers("kinds")
+    changes: tuple[list[Change], ...] = (
+        [few],
+        [few, sizes.limit_queries],
         [],
         [sizes.limit_queries, sizes.fill_missing],
-    ]
+    )
     for some in changes:
         try:
             changed = changed_config(config, some)
-            model = build(model_class, changed, "meta")
+            model = build(model_class, copy_of(changed), "meta")
         except Exception:
             continue
         recipe, _ = find_recipe(model)
         if recipe is not None:
             return changed, recipe
     return None
+
+
+class _Trials:
+    """A configuration that becomes smaller as long as its model runs."""
+
+    def __init__(self, model_class: type[PreTrainedModel], config: PreTrainedConfig, recipe: Recipe) -> None:
+        self.model_class, self.config, self.recipe = model_class, config, recipe
+        self.left = MOST_TRIALS
+
+    def step(self, alternatives: list[Change]) -> None:
+        """Make the first alternative with which the model runs; else the first for each node by itself."""
+        if any(self._passes(change, None) for change in alternatives):
+            return
+        nodes = len(Tree(self.config).nodes)
+        for node in range(nodes) if nodes > 1 else ():
+            any(self._passes(change, node) for change in alternatives)
+
+    def _passes(self, change: Change, node: int | None) -> bool:
+        """Whether the model runs with a change, which is then made."""
+        try:
+            changed = changed_config(self.config, [change], node)
+            if self.left == 0 or changed.to_dict() == self.config.to_dict():
+                return False
+            self.left -= 1
+            model = build(self.model_class, copy_of(changed), "meta")
+        except Exception:
+            return False
+        if not runs(model, self.recipe):
+            return False
+        self.config = changed
+        return True
 
 
 def changed_config(
@@ -99,42 +132,6 @@ def _steps() -> Iterator[tuple[str, list[Change]]]:
         "widths",
         [partial(widths.divide, divisor=one, heads=heads) for one in DIVISORS for heads in (True, False)],
     )
-
-
-def _step(
-    model_class: type[PreTrainedModel], config: PreTrainedConfig, recipe: Recipe, alternatives: list[Change]
-) -> PreTrainedConfig:
-    """The first alternative with which the model runs; else the first for each node by itself."""
-    for change in alternatives:
-        changed = _tried(model_class, config, recipe, change, None)
-        if changed is not None:
-            return changed
-    nodes = len(Tree(config).nodes)
-    for node in range(nodes) if nodes > 1 else ():
-        for change in alternatives:
-            changed = _tried(model_class, config, recipe, change, node)
-            if changed is not None:
-                config = changed
-                break
-    return config
-
-
-def _tried(
-    model_class: type[PreTrainedModel],
-    config: PreTrainedConfig,
-    recipe: Recipe,
-    change: Change,
-    node: int | None,
-) -> PreTrainedConfig | None:
-    """The changed configuration if its model runs; the same one if nothing changes."""
-    try:
-        changed = changed_config(config, [change], node)
-        if changed.to_dict() == config.to_dict():
-            return None
-        model = build(model_class, copy_of(changed), "meta")
-    except Exception:
-        return None
-    return changed if runs(model, recipe) else None
 
 
 def _large_widths(config: PreTrainedConfig) -> list[int]:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import inspect
+import linecache
 import re
 import traceback
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
-from colrow.model.makers import Maker, makers_of
+from colrow.model.images import image_token, insert_image_tokens
+from colrow.model.makers import Maker, makers_of, to_device
 from colrow.trace import trace
 
 if TYPE_CHECKING:
@@ -24,25 +25,33 @@ MOST_RUNS = 32
 
 @dataclass(frozen=True)
 class Recipe:
-    """Which arguments a model is called with: their names, each with the variant of its shape."""
+    """Which arguments a model is called with: their names, each with the variant of its shape.
+
+    Attributes:
+        arguments: as described.
+        with_images: whether words stand for features of images.
+    """
 
     arguments: tuple[tuple[str, int], ...]
+    with_images: bool = False
 
     @property
     def names(self) -> list[str]:
         return [name for name, _ in self.arguments]
 
     def with_argument(self, name: str) -> Recipe:
-        return Recipe((*self.arguments, (name, 0)))
+        return replace(self, arguments=(*self.arguments, (name, 0)))
 
     def with_next_variant(self, name: str) -> Recipe:
-        return Recipe(tuple((one, variant + (one == name)) for one, variant in self.arguments))
+        return replace(self, arguments=tuple((one, at + (one == name)) for one, at in self.arguments))
 
 
 def make_inputs(model: PreTrainedModel, recipe: Recipe, seed: int) -> dict[str, Any]:
     """The arguments of a recipe; no cache is asked for."""
     make = Maker(model, torch.Generator().manual_seed(seed))
     inputs: dict[str, Any] = {name: makers_of(name)[variant](make) for name, variant in recipe.arguments}
+    if recipe.with_images:
+        insert_image_tokens(model, inputs)
     if "use_cache" in inspect.signature(model.forward).parameters:
         inputs["use_cache"] = False
     return inputs
@@ -59,20 +68,26 @@ def call(model: PreTrainedModel, inputs: Mapping[str, Any]) -> None:
         trace(model, (), inputs, routing="guess")
 
 
-def to_device(inputs: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    return {name: one.to(device) if isinstance(one, Tensor) else one for name, one in inputs.items()}
-
-
 def find_recipe(model: PreTrainedModel) -> tuple[Recipe | None, str]:
     """A way to call a model, and why there is none.
 
     The likeliest are tried first; then with the arguments that errors ask for, then with other shapes.
     """
-    queue = [*_first_recipes(model)]
+    recipe, error = _search(model, [*_first_recipes(model)], MOST_RUNS)
+    if recipe is None or image_token(model) is None or recipe.names != ["input_ids"]:
+        return recipe, error
+    images = [recipe.with_argument("pixel_values")]
+    for _ in makers_of("pixel_values")[1:]:
+        images.append(images[-1].with_next_variant("pixel_values"))
+    with_images, _ = _search(model, [replace(one, with_images=True) for one in images], MOST_RUNS)
+    return with_images or recipe, ""
+
+
+def _search(model: PreTrainedModel, queue: list[Recipe], most: int) -> tuple[Recipe | None, str]:
     seen = set(queue)
     told = "its forward has required arguments of which only the names are known"
     longest = 0
-    for _ in range(MOST_RUNS):
+    for _ in range(most):
         if not queue:
             break
         recipe = queue.pop(0)
@@ -87,7 +102,7 @@ def find_recipe(model: PreTrainedModel) -> tuple[Recipe | None, str]:
         others = [
             recipe.with_next_variant(name)
             for name, variant in recipe.arguments
-            if variant + 1 < len(makers_of(name))
+            if variant + 1 < len(makers_of(name)) and not (recipe.with_images and name == "input_ids")
         ]
         queue = [
             *(one for one in asked if one not in seen),
@@ -99,17 +114,24 @@ def find_recipe(model: PreTrainedModel) -> tuple[Recipe | None, str]:
 
 
 def _told(error: Exception) -> str:
-    """An error with the line of the model's code that it comes from."""
-    lines = [one for one in traceback.extract_tb(error.__traceback__) if "modeling_" in one.filename]
-    code = f" ({lines[-1].line})" if lines else ""
-    return f"{type(error).__name__}: {error}".replace("\n", " ")[:300] + code
+    """An error with the statement of the model's code that it comes from."""
+    frames = [one for one in traceback.extract_tb(error.__traceback__) if "modeling_" in one.filename]
+    text = f"{type(error).__name__}: {error}".replace("\n", " ")[:300]
+    if not frames or frames[-1].lineno is None:
+        return text
+    lines = range(frames[-1].lineno, (frames[-1].end_lineno or frames[-1].lineno) + 1)
+    code = " ".join(linecache.getline(frames[-1].filename, line).strip() for line in lines)
+    return f"{text} ({code[:300]})"
 
 
 def _asked(model: PreTrainedModel, recipe: Recipe, text: str) -> list[str]:
     """Arguments that a text names and that are not given."""
     parameters = inspect.signature(model.forward).parameters
-    words = dict.fromkeys(re.findall(r"[a-z_]+", text.lower()))
-    return [one for one in words if one in parameters and makers_of(one) and one not in recipe.names]
+    words = set(re.findall(r"[a-z_]{4,}", text.lower()))
+    exact = [name for name in parameters if name in words]
+    # a part of the model may know an argument by a shorter name
+    longer = [name for name in parameters if any(name.endswith(f"_{word}") for word in words)]
+    return [name for name in dict.fromkeys([*exact, *longer]) if makers_of(name) and name not in recipe.names]
 
 
 def _first_recipes(model: PreTrainedModel) -> Iterator[Recipe]:

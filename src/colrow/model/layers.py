@@ -12,6 +12,8 @@ LayerChoice = Literal["kinds", "first", "two", "all"]
 LAYER_CHOICES: tuple[LayerChoice, ...] = ("kinds", "first", "two")
 MOST = 8
 """So many layers are kept at most."""
+LEAST_DEPTH = 0.25
+"""Of networks whose depth is a multiple of a standard one."""
 
 
 def keep_few_layers(node: Node, choice: LayerChoice) -> None:
@@ -37,6 +39,9 @@ def keep_few_layers(node: Node, choice: LayerChoice) -> None:
         elif not _numbers_layers(name, value, total):
             most = 1 if "first" in name or "dense" in name else 2
             node.data[name] = map_numbers(value, partial(min, most))
+    for name in ("depth_coefficient", "depth_mult", "depth_multiplier"):
+        if isinstance(node.data.get(name), float):
+            node.data[name] = min(node.data[name], LEAST_DEPTH)
     if total is None or kept is None:
         return
     for name, value in list(node.data.items()):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 BATCH, LENGTH, DECODER_LENGTH = 2, 10, 7
 GRID = 4
 """Patches along each side of an image that has no size."""
-FRAMES, SAMPLES = 64, 3840
+FRAMES, SAMPLES = 64, 7680
 """Of spectrograms and of sound."""
 
 
@@ -130,7 +130,10 @@ def _videos(make: Maker) -> Tensor:
 def _patches_as_images(make: Maker) -> Tensor:
     patch = make.number("patch_size", near=("vision",), default=14)
     return make.floats(
-        GRID * GRID, make.number("in_channels", "num_channels", near=("vision",), default=3), patch, patch
+        BATCH * GRID * GRID,
+        make.number("in_channels", "num_channels", near=("vision",), default=3),
+        patch,
+        patch,
     )
 
 
@@ -177,15 +180,15 @@ _MAKERS: tuple[tuple[str, tuple[Make, ...]], ...] = (
     ("bbox", (_boxes,)),
     (
         "pixel_values_videos|pixel_values_video",
-        (_videos, lambda make: make.floats(GRID * GRID, make.patch_features)),
+        (_videos, lambda make: make.floats(BATCH * GRID * GRID, make.patch_features)),
     ),
     (
-        "pixel_values|.*_pixel_values",
+        "pixel_values|.*_pixel_values|images?",
         (
             lambda make: make.floats(BATCH, *make.image()),
             _videos,
             lambda make: make.floats(BATCH, 1, *make.image()),
-            lambda make: make.floats(GRID * GRID, make.patch_features),
+            lambda make: make.floats(BATCH * GRID * GRID, make.patch_features),
             lambda make: make.floats(BATCH, GRID * GRID, make.patch_features),
             _patches_as_images,
             lambda make: _patches_as_images(make)[None],
@@ -194,7 +197,7 @@ _MAKERS: tuple[tuple[str, tuple[Make, ...]], ...] = (
             lambda make: make.floats(BATCH, 1, make.number("max_num_tiles", default=1), *make.image()),
         ),
     ),
-    ("grid_thw|.*_grid_thw", (lambda make: torch.tensor([[1, GRID, GRID]]),)),
+    ("grid_thw|.*_grid_thw", (lambda make: torch.tensor([[1, GRID, GRID]] * BATCH),)),
     (
         "target_sizes|image_sizes|spatial_shapes|patch_sizes",
         (
@@ -239,7 +242,7 @@ _MAKERS: tuple[tuple[str, tuple[Make, ...]], ...] = (
     (
         "hidden_states|.*_hidden_states|context|noise_embeds",
         (
-            lambda make: make.floats(GRID * GRID, make.patch_features),
+            lambda make: make.floats(BATCH * GRID * GRID, make.patch_features),
             lambda make: make.floats(BATCH, LENGTH, make.width),
             lambda make: make.floats(BATCH, make.width, LENGTH),
             lambda make: make.floats(BATCH, *make.image()),
@@ -280,3 +283,8 @@ def makers_of(name: str) -> tuple[Make, ...]:
         if pattern.fullmatch(name):
             return variants
     return ()
+
+
+def to_device(inputs: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """The same arguments with their tensors on a device."""
+    return {name: one.to(device) if isinstance(one, Tensor) else one for name, one in inputs.items()}

@@ -89,7 +89,7 @@ def _choices() -> Iterator[_Choice]:
     """The likeliest to succeed first."""
     widths: tuple[WidthChoice, ...] = ("standard", "proportional", "whole heads")
     layers: tuple[LayerChoice, ...] = ("kinds", "first")
-    for filled, width, layer in itertools.product((False, True), widths, layers):
+    for width, filled, layer in itertools.product(widths, (False, True), layers):
         yield _Choice(width, layer, filled)
 
 

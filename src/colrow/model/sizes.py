@@ -57,6 +57,10 @@ def shrink_images(tree: Tree, patches: int = PATCHES) -> None:
                 number_of = ("num_patches", "num_position", "seq_length", "num_image_tokens")
                 _replace(tree, (old // patch) ** 2, patches**2, number_of)
                 _replace(tree, old // patch, patches, ("image_embedding_size", "feat_sizes", "grid"))
+    for node in tree.nodes:
+        for name in node.data:
+            if "tokens_per_image" in name:
+                node.data[name] = map_numbers(node.data[name], _at_most((patches // 2) ** 2))
 
 
 def halve_images(tree: Tree) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from colrow.checkpoint.meta import parameters_on_meta
+from colrow.model.fields import role_of
 from colrow.trace import Example
 
 if TYPE_CHECKING:
@@ -104,8 +105,15 @@ def _default_config(name: str, settings: Mapping[str, Any]) -> PreTrainedConfig:
         near = difflib.get_close_matches(name, known, 3)
         hint = f": did you mean {' or '.join(near)}?" if near else ""
         raise ValueError(f"transformers has no configuration {name!r}{hint}")
-    _check_names(config_class(), settings)
-    return _checked(lambda: config_class(**_nested(settings)))
+    default = config_class()
+    _check_names(default, settings)
+    given = _nested(settings)
+    for part, changes in given.items():
+        inner = getattr(default, part)
+        if isinstance(inner, transformers.PreTrainedConfig) and isinstance(changes, dict):
+            # a part may have other defaults than its class
+            given[part] = _merged(inner.to_diff_dict(), changes)
+    return _checked(lambda: config_class(**given))
 
 
 def _config_of_folder(folder: Path, settings: Mapping[str, Any]) -> PreTrainedConfig:
@@ -157,12 +165,21 @@ def _nested(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _merged(data: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """The same nested fields with some of them changed."""
+    """The same nested fields with some of them changed.
+
+    Lists with an entry for each layer are left out where the number of layers changes: they follow from it.
+    """
     found = dict(data)
     for name, value in changes.items():
-        present = found.get(name)
-        is_inner = isinstance(present, dict) and isinstance(value, dict)
-        found[name] = _merged(present, value) if is_inner and isinstance(present, dict) else value
+        before = data.get(name)
+        if isinstance(before, dict) and isinstance(value, dict):
+            found[name] = _merged(before, value)
+            continue
+        found[name] = value
+        if role_of(name, {}) == "layers" and isinstance(before, int) and before != value:
+            for other, one in data.items():
+                if isinstance(one, list) and len(one) == before and other not in changes:
+                    found.pop(other, None)
     return found
 
 

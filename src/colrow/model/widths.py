@@ -12,6 +12,8 @@ WidthChoice = Literal["standard", "proportional", "whole heads"]
 
 HEADS, KEY_VALUE_HEADS = 6, 2
 WIDTH = 48
+UNDIVIDED_WIDTH = 384
+"""For models that tell nothing of their heads, which are often 64 features."""
 OTHER_HEAD_SIZE = 10
 """Of heads that together are not as wide as the model."""
 INNER_WIDTHS = (100, 36, 52, 68, 44, 76)
@@ -34,25 +36,39 @@ def narrow(tree: Tree, choice: WidthChoice) -> None:
             _set_heads(node, widths, choice == "whole heads")
         for node in tree.nodes:
             _set_widths(node, widths, inner)
+    _fit_results(tree)
     for node in tree.nodes:
         fit_rotation(node)
 
 
+def _fit_results(tree: Tree) -> None:
+    """What goes from one part of a model into the words of another is as wide as those."""
+    text = next((node.data.get("hidden_size") for node in tree.nodes if "text" in node.key), None)
+    for node in tree.nodes:
+        if isinstance(text, int) and isinstance(node.data.get("out_hidden_size"), int):
+            node.data["out_hidden_size"] = text
+
+
+def _attention_width(node: Node) -> int | None:
+    """The width that heads divide: ``hidden_size`` may be that of the results."""
+    heads, inner = node.number("num_attention_heads") or node.number("num_heads"), node.number("embed_dim")
+    return inner if inner and heads and inner % heads == 0 else node.number("hidden_size")
+
+
 def _head_size(node: Node) -> int | None:
-    size, hidden, heads = (node.number(name) for name in ("head_dim", "hidden_size", "num_attention_heads"))
-    if not size and hidden and heads:
-        return hidden // heads
-    return size
+    size, width = node.number("head_dim"), _attention_width(node)
+    heads = node.number("num_attention_heads") or node.number("num_heads")
+    return width // heads if not size and width and heads else size
 
 
 def _set_heads(node: Node, widths: dict[int, int], whole: bool) -> None:
     """Change numbers and sizes of heads; note in ``widths`` what follows for the model's width."""
-    heads, groups = node.number("num_attention_heads"), node.number("num_key_value_heads")
-    hidden, size = node.number("hidden_size"), _head_size(node)
+    heads = node.number("num_attention_heads") or node.number("num_heads")
+    groups, hidden, size = node.number("num_key_value_heads"), _attention_width(node), _head_size(node)
     if hidden is None:
         return
     if hidden <= WIDTH or not heads or not size:
-        widths.setdefault(hidden, min(hidden, WIDTH))
+        widths.setdefault(hidden, min(hidden, UNDIVIDED_WIDTH if whole else WIDTH))
         return
     few = min(heads, HEADS)
     few_groups = few if groups in (None, heads) else KEY_VALUE_HEADS if groups > 1 and few % 2 == 0 else 1
@@ -66,6 +82,9 @@ def _set_heads(node: Node, widths: dict[int, int], whole: bool) -> None:
     node.change(lambda old: small if old == size else _scaled(old, ratio, 2), "head size")
     widths.setdefault(hidden, few * small // times if times else WIDTH)
     widths.setdefault(heads * size, few * small)
+    results = node.number("hidden_size")
+    if results is not None and results > WIDTH:
+        widths.setdefault(results, WIDTH)
 
 
 def _heads_map(known: dict[int, int]) -> Callable[[int], int]:
