@@ -22,7 +22,7 @@ def raise_on_one_rank() -> Report:
     mesh = colrow.init_mesh(tp=2, device="cpu", timeout=SECONDS)
 
     def change(tensor: Tensor) -> Tensor:
-        if os.environ["RANK"] == "1":
+        if os.environ["RANK"] == "1" and not tensor.is_meta:  # not where the plan is tried out
             raise ArithmeticError("this rank has had enough")
         return tensor
 

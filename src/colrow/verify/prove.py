@@ -146,6 +146,7 @@ def verify_on_ranks(
     timeout of the mesh, which cannot be used afterwards.
 
     Args:
+        examples: those of the first rank are used on all.
         mesh: of CPUs; its ``tp`` ranks are used.
 
     Returns:
@@ -163,7 +164,8 @@ def verify_on_ranks(
     ranks = communicator(mesh)
     with Exchange(ranks) as exchange:
         original, cut = build_pair(model, dtype, seed)
-        modes = examples_by_mode(original, examples)
+        # ranks that make random inputs make different ones
+        modes = exchange.gather(examples_by_mode(original, examples))[0]
         started = time.perf_counter()
         the_plan = _all_or_none(exchange, cut, lambda: _plan(cut, modes, ranks.size, plan, share, registry))
         plan_seconds = time.perf_counter() - started
