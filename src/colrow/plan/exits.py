@@ -19,6 +19,9 @@ from colrow.trace.tree import Path
 
 _FOREVER = float("inf")
 
+#: A place at a call costs that much more than one at a module's border.
+_AT_CALL = 1.001
+
 
 @dataclass(frozen=True, eq=False)
 class Reduction:
@@ -85,6 +88,9 @@ class _Search:
         self._sources: dict[int, list[Operation]] = defaultdict(list)
         self._children: dict[int, list[ModuleCall]] = defaultdict(list)
         self._contains: set[int] = set()
+        self._calls: dict[int, list[FunctionCall]] = defaultdict(list)
+        for call in self._trace.calls:
+            self._calls[call.module.index].append(call)
 
     def run(self) -> Reductions:
         trace = self._trace
@@ -125,7 +131,28 @@ class _Search:
         outside = self._at(module.first, module.last, module.outputs, None)
         # a hook on a module costs less than looking for a call; inner modules run on more paths than outer
         limit = inside.cost if not calls else inside.cost * (1 + 1e-9)
-        return outside if outside is not None and outside.cost < limit else inside
+        best = outside if outside is not None and outside.cost < limit else inside
+        if best is inside and sum(choice.cost > 0 for _, choice in parts) > 1:
+            best = self._where_they_meet(module, inside.cost) or inside
+        return best
+
+    def _where_they_meet(self, module: ModuleCall, limit: float) -> _Choice | None:
+        """Reduce all partial sums of a module together where its own code adds them up.
+
+        As a parallel block does before it adds what came in: attention, feed-forward and residual.
+        """
+        last = max(
+            operation.index
+            for operation in self._trace.operations[module.first : module.last]
+            if self._linearity.is_source(operation)
+        )
+        for call in self._calls[module.index]:
+            if call.last <= last:
+                continue
+            found = self._at(module.first, call.last, paths_of(call.outputs), call)
+            if found is not None and found.cost * _AT_CALL < limit:
+                return found
+        return None
 
     def _at_call(self, call: FunctionCall) -> _Choice:
         found = self._at(call.first, call.last, paths_of(call.outputs), call)

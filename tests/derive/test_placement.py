@@ -1,0 +1,121 @@
+"""Where derived plans put collectives: the fewest, where they belong."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from colrow.plan import CallResult, ModuleInput, ModuleOutput, Plan, derive_plan
+from colrow.trace import Example
+from tests.benchmarks.builders import load
+
+
+def _plan(name: str, ranks: int = 2) -> Plan:
+    model, inputs = load("listed").build(name)
+    return derive_plan(model, {"evaluation": Example((), inputs)}, ranks)
+
+
+def test_a_decoder_layer_has_two_entries_and_two_exits() -> None:
+    plan = _plan("llama:labels")
+    entries = {place for entry in plan.entries for place in entry.places}
+    assert ModuleInput("model.layers.0.self_attn", ("hidden_states",)) in entries
+    assert ModuleInput("model.layers.1.mlp", (0,)) in entries
+    assert ModuleInput("lm_head", (0,)) in entries
+    assert len(plan.entries) == 2 * 2 + 1
+    assert {one.place for one in plan.exits} == {
+        ModuleOutput(f"model.layers.{layer}.{name}")
+        for layer in range(2)
+        for name in ("self_attn.o_proj", "mlp.down_proj")
+    }
+    assert not plan.integers
+    assert not plan.attributes
+    assert plan.loss is not None
+    assert plan.loss.logits == "lm_head"
+
+
+@pytest.mark.parametrize("name", ["gpt-neox", "falcon-one-group", "falcon-groups"])
+def test_a_parallel_block_has_one_of_each(name: str) -> None:
+    plan = _plan(name)
+    assert len(plan.exits) == 2
+    assert all(isinstance(one.place, CallResult) for one in plan.exits)
+    assert len(plan.entries) == 2 + 1
+
+
+@pytest.mark.parametrize("name", ["mixtral", "mixtral-loop", "qwen3-moe-loop", "deepseek-v3-loop"])
+def test_experts_are_left_together(name: str) -> None:
+    plan = _plan(name)
+    layers = 3 if name.startswith("deepseek") else 2
+    assert len(plan.exits) <= 2 * layers
+    assert not any(".experts." in one.module for one in plan.exits)
+
+
+def test_norms_of_heads_get_summed_gradients() -> None:
+    names = {one.name for one in _plan("qwen3").partial_parameters}
+    assert "model.layers.0.self_attn.q_norm.weight" in names
+    assert "model.layers.1.self_attn.k_norm.weight" in names
+    assert "model.layers.0.input_layernorm.weight" not in names
+
+
+def test_shared_key_value_heads_are_cut_with_their_queries() -> None:
+    plan = _plan("llama-two-groups", 4)
+    key = plan.parameters["model.layers.0.self_attn.k_proj.weight"]
+    cut = plan.axes[key.axis].cut
+    assert [key.layout.local_size(cut, rank) for rank in range(4)] == [key.layout.size // 2] * 4
+    assert {ranks for _, ranks in key.layout.shared(cut)} == {(0, 1), (2, 3)}
+    shared = {one.name for one in plan.partial_parameters}
+    assert "model.layers.0.self_attn.v_proj.weight" in shared
+
+
+class Scaled(nn.Module):
+    """Divides by the number of its features, as it is at run time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 24), nn.Linear(24, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.up(x))
+        result: Tensor = self.down(y / y.shape[-1] ** 0.5)
+        return result
+
+
+class Deciding(Scaled):
+    """Does something else where there are few features."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.up(x)
+        if y.shape[-1] < 20:
+            raise ValueError("too few")
+        result: Tensor = self.down(torch.relu(y))
+        return result
+
+
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [(Scaled, "computes with a size that would become local"), (Deciding, "would decide otherwise")],
+)
+def test_numbers_that_cannot_become_local_are_named(module: type[nn.Module], reason: str) -> None:
+    plan = derive_plan(module(), {"evaluation": Example((torch.randn(3, 8),))}, 2)
+    # the axis that would need it stays whole, and the notes say why and where
+    notes = [note for note in plan.notes if reason in note]
+    assert notes
+    assert "test_placement.py:" in notes[0]
+    assert all(sharding.layout.size != 24 for sharding in plan.parameters.values())
+
+
+def test_forbidden_parameters_stay_whole() -> None:
+    model, inputs = load("listed").build("gpt2")
+    examples = {"evaluation": Example((), inputs)}
+    plan = derive_plan(model, examples, 2, forbid=["transformer.h.0.mlp.c_fc.weight"])
+    assert "transformer.h.1.mlp.c_fc.weight" not in plan.parameters  # layers are cut alike
+    assert "transformer.h.1.attn.c_attn.weight" in plan.parameters
+    assert any("forbidden by the caller" in note for note in plan.notes)
+    with pytest.raises(ValueError, match="there is no such parameter or axis to forbid"):
+        derive_plan(model, examples, 2, forbid=["transformer.nothing"])
+
+
+def test_one_rank_cuts_nothing() -> None:
+    plan = _plan("llama", 1)
+    assert not plan.parameters
+    assert not plan.entries
