@@ -49,7 +49,7 @@ def verify(
     steps: int = 3,
     dtype: torch.dtype = torch.float64,
     share: Sequence[float] | None = None,
-    registry: Registry | None = None,
+    registry: Callable[[], Registry] | None = None,
     seed: int = 0,
     timeout: float = 600.0,
 ) -> Report:
@@ -72,8 +72,8 @@ def verify(
         steps: of the optimizer; 0 for none.
         dtype: float64, or float32 with a wider tolerance.
         share: relative size of each rank's part; default: balanced.
-        registry: the rules of operators, for the derived plan; see :func:`colrow.rule`. Its rules are sent to
-            the processes too: functions of a module.
+        registry: a function of a module that gives the rules of operators, where the model has some of its
+            own; see :func:`colrow.rule`.
         seed: of the weights, where the model is made by a function, and of everything random.
         timeout: seconds for everything.
 
@@ -124,6 +124,8 @@ def _on_launched_rank(work: bytes, main: str | None, ranks: int) -> Report:
         vars(program).update(runpy.run_path(main, run_name="__mp_main__"))
         sys.modules[MAIN] = sys.modules["__mp_main__"] = program
     model, examples, options = pickle.loads(work)
+    if options["registry"] is not None:
+        options["registry"] = options["registry"]()
     mesh = init_mesh(tp=ranks, device="cpu", timeout=COLLECTIVE_SECONDS)
     return verify_on_ranks(model, examples, mesh, **options)
 
@@ -148,6 +150,7 @@ def verify_on_ranks(
     Args:
         examples: those of the first rank are used on all.
         mesh: of CPUs; its ``tp`` ranks are used.
+        registry: the rules themselves, as :func:`colrow.parallelize` takes them.
 
     Returns:
         The same report on every rank.
