@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 Change = Callable[[Tree], None]
 
 DIVISORS = (64, 32, 16, 8, 4, 2)
-MOST_TRIALS = 80
+MOST_TRIALS, MOST_STARTS = 80, 12
+"""So many changes are tried, and so many calls of each model to begin with."""
 LARGE = 96
 """Widths above this are still made smaller."""
 
@@ -64,7 +65,7 @@ def _start(
             model = build(model_class, copy_of(changed), "meta")
         except Exception:
             continue
-        recipe, _ = find_recipe(model)
+        recipe, _ = find_recipe(model, MOST_STARTS)
         if recipe is not None:
             return changed, recipe
     return None

@@ -68,19 +68,24 @@ def call(model: PreTrainedModel, inputs: Mapping[str, Any]) -> None:
         trace(model, (), inputs, routing="guess")
 
 
-def find_recipe(model: PreTrainedModel) -> tuple[Recipe | None, str]:
+def find_recipe(model: PreTrainedModel, most: int = MOST_RUNS) -> tuple[Recipe | None, str]:
     """A way to call a model, and why there is none.
 
-    The likeliest are tried first; then with the arguments that errors ask for, then with other shapes.
+    The likeliest are tried first; then with the arguments that errors ask for, then with other shapes; with
+    images among the words if the model takes them. At most ``most`` calls are tried.
     """
-    recipe, error = _search(model, [*_first_recipes(model)], MOST_RUNS)
-    if recipe is None or image_token(model) is None or recipe.names != ["input_ids"]:
+    first = [*_first_recipes(model)]
+    recipe, error = _search(model, first, most)
+    if image_token(model) is None or "input_ids" not in inspect.signature(model.forward).parameters:
         return recipe, error
-    images = [recipe.with_argument("pixel_values")]
-    for _ in makers_of("pixel_values")[1:]:
+    if recipe is not None and recipe.names != ["input_ids"]:
+        return recipe, error
+    images = [replace(one, with_images=True) for one in first if "input_ids" in one.names][:1]
+    images = [one if "pixel_values" in one.names else one.with_argument("pixel_values") for one in images]
+    for _ in makers_of("pixel_values")[1:] if images else ():
         images.append(images[-1].with_next_variant("pixel_values"))
-    with_images, _ = _search(model, [replace(one, with_images=True) for one in images], MOST_RUNS)
-    return with_images or recipe, ""
+    with_images, _ = _search(model, images, most)
+    return with_images or recipe, error
 
 
 def _search(model: PreTrainedModel, queue: list[Recipe], most: int) -> tuple[Recipe | None, str]:

@@ -209,10 +209,22 @@ _MAKERS: tuple[tuple[str, tuple[Make, ...]], ...] = (
     ("pixel_attention_mask", (_ones(BATCH, GRID * GRID), _ones(BATCH, 128, 128))),
     (
         "input_features_mask|feature_attention_mask|audio_mel_mask",
-        (_ones(BATCH, FRAMES), _ones(BATCH, 2 * FRAMES)),
+        (
+            _ones(BATCH, FRAMES),
+            _ones(BATCH, 2 * FRAMES),
+            lambda make: torch.ones(BATCH, FRAMES, dtype=torch.bool),
+        ),
     ),
     ("past_observed_mask", (lambda make: torch.ones_like(_series(make)),)),
-    (".*_mask", (_ones(BATCH, LENGTH), _ones(BATCH, DECODER_LENGTH), _ones(BATCH, FRAMES))),
+    (
+        ".*_mask",
+        (
+            _ones(BATCH, LENGTH),
+            _ones(BATCH, DECODER_LENGTH),
+            _ones(BATCH, FRAMES),
+            lambda make: torch.ones(BATCH, FRAMES, dtype=torch.bool),
+        ),
+    ),
     (
         "input_features|audio_mel|input_audio_embeds|mel_spectrogram",
         (
@@ -224,6 +236,7 @@ _MAKERS: tuple[tuple[str, tuple[Make, ...]], ...] = (
             lambda make: make.floats(BATCH, FRAMES, make.mels),
             lambda make: make.floats(BATCH, 1, FRAMES, make.mels),
             lambda make: make.floats(make.mels, 2 * FRAMES),
+            lambda make: make.floats(BATCH, FRAMES, make.number("input_dim", "input_size", default=80)),
         ),
     ),
     (

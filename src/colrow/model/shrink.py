@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from colrow.model import sizes
 from colrow.model.classes import model_classes
 from colrow.model.gradually import shrink_gradually
-from colrow.model.inputs import Recipe
+from colrow.model.inputs import MOST_RUNS, Recipe
 from colrow.model.layers import LayerChoice, keep_few_layers
 from colrow.model.tree import Tree
 from colrow.model.trying import Attempt, try_out
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 MOST_CLASSES = 3
 """So many of transformers' classes for a configuration are tried."""
+FEWER_RUNS = 12
+"""So many calls are tried after a first version could not be called in any way."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ def _at_once(config: PreTrainedConfig, model_class: type[PreTrainedModel], error
         if small.to_dict() in seen:
             continue
         seen.append(small.to_dict())
-        attempt = try_out(model_class, small)
+        attempt = try_out(model_class, small, most=FEWER_RUNS if errors else MOST_RUNS)
         if attempt.recipe is not None:
             return _small(small, model_class, attempt, str(choice))
         errors.append(attempt.error)

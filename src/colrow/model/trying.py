@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from colrow.model.inputs import Recipe, call, find_recipe, make_inputs
+from colrow.model.inputs import MOST_RUNS, Recipe, call, find_recipe, make_inputs
 from colrow.model.labels import Labels, find_labels
 
 if TYPE_CHECKING:
@@ -124,9 +124,12 @@ def copy_of(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def try_out(
-    model_class: type[PreTrainedModel], config: PreTrainedConfig, recipe: Recipe | None = None
+    model_class: type[PreTrainedModel],
+    config: PreTrainedConfig,
+    recipe: Recipe | None = None,
+    most: int = MOST_RUNS,
 ) -> Attempt:
-    """Build on the meta device, then, if the model is small, for real, and run it."""
+    """Build on the meta device, then, if the model is small, for real, and run it at most so often."""
     try:
         model = build(model_class, copy_of(config), "meta")
         parameters = sum(one.numel() for one in model.parameters())
@@ -137,7 +140,7 @@ def try_out(
         return Attempt(error=f"{type(error).__name__}: {error}".replace("\n", " ")[:300])
     if recipe is not None and runs(model, recipe):
         return Attempt(parameters, recipe)
-    return Attempt(parameters, *find_recipe(model))
+    return Attempt(parameters, *find_recipe(model, most))
 
 
 def runs(model: PreTrainedModel, recipe: Recipe) -> bool:
