@@ -91,6 +91,8 @@ class LocalLogits(Tensor):
 
     vocabulary: Vocabulary
     dimension: int
+    # they stand for their log-softmax, which only a loss can be computed from without the other ranks
+    normalised: bool = False
 
     @staticmethod
     def of(local: Tensor, vocabulary: Vocabulary, dimension: int) -> LocalLogits:
@@ -168,16 +170,29 @@ def _call(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     call = _Call(function, name, args, kwargs, found)
     if function is F.cross_entropy:
         return _loss(call, *args, **kwargs)
+    if function is F.nll_loss:
+        return _likelihood(call, *args, **kwargs)
+    if name == "log_softmax":
+        return _log_softmax(call)
     if kwargs.get("out") is not None:
+        raise call.refused()
+    normalised = any(one.normalised for one in found)
+    if normalised and name in _ELEMENTWISE | _IN_PLACE:
         raise call.refused()
     for names, rule in _RULES:
         if name in names:
-            return rule(call)
+            return tree_map(_as_normalised, rule(call)) if normalised else rule(call)
     if getter:  # device, dtype, requires_grad and the like
         value = function(*args)
         if not isinstance(value, Tensor):
             return value
     raise call.refused()
+
+
+def _as_normalised(value: Any) -> Any:
+    if isinstance(value, LocalLogits):
+        value.normalised = True
+    return value
 
 
 def _plain(value: Any) -> Any:
@@ -307,6 +322,38 @@ _RULES: tuple[tuple[set[str], Callable[[_Call], Any]], ...] = (
     (_MOVES, _move),
     (_ELEMENTWISE | _IN_PLACE, _elementwise),
 )
+
+
+def _log_softmax(call: _Call) -> Any:
+    """The logits again, to be normalised by the loss: it needs their sum over all ranks anyway."""
+    logits = call.operand
+    given = call.args[1] if len(call.args) > 1 else call.kwargs.get("dim")
+    if not isinstance(logits, LocalLogits) or not isinstance(given, int):
+        raise call.refused()
+    if given % logits.dim() != logits.dimension:
+        raise call.refused()
+    dtype = next(
+        (one for one in (*call.args[2:], call.kwargs.get("dtype")) if isinstance(one, torch.dtype)), None
+    )
+    result = logits.plain if dtype is None else logits.plain.to(dtype)
+    # another tensor object: the logits themselves may go into the model's output
+    return _as_normalised(LocalLogits.of(result.view_as(result), call.vocabulary, logits.dimension))
+
+
+def _likelihood(
+    call: _Call,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: object = None,
+    ignore_index: int = -100,
+    reduce: object = None,
+    reduction: Literal["mean", "sum", "none"] = "mean",
+) -> Tensor:
+    """``F.nll_loss``, of logits that stand for their log-softmax."""
+    if not isinstance(input, LocalLogits) or not input.normalised:
+        raise call.vocabulary.error("the model calls nll_loss on what is no log_softmax of its logits")
+    return _loss(call, input, target, weight, size_average, ignore_index, reduce, reduction)
 
 
 def _loss(

@@ -68,6 +68,10 @@ class _Walk:
         self._seen[id(value)] = value
         result = value
         if isinstance(value, LocalLogits):
+            if value.normalised:
+                raise value.vocabulary.error(
+                    "the model returns the log_softmax of its logits beside its loss"
+                )
             self.tensors.append(value.plain)
             result = ShardedLogits(value.plain, value.gather_on(self._label))
         elif isinstance(value, Tensor):
