@@ -212,3 +212,25 @@ def test_the_table_names_every_kind_of_axis_once() -> None:
     (mlp,) = (line for line in lines if "mlp.down_proj.weight[1]" in line)
     assert mlp.split()[1:4] == ["91", "2", "contracted"]
     assert mlp.endswith("yes")
+
+
+class KnownRows(nn.Module):
+    """Attention over the rows that a mask of known content keeps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(9, 24)
+        self.projections = nn.ModuleList(nn.Linear(24, 24, bias=False) for _ in range(3))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        rows = (ids != 0).flatten().nonzero()[:, 0]
+        hidden = self.embedding(ids.flatten()[rows])
+        q, k, v = (one(hidden).unflatten(-1, (3, 8)).transpose(0, 1) for one in self.projections)
+        mixed: torch.Tensor = (q @ k.mT).softmax(-1) @ v
+        return mixed
+
+
+def test_rows_that_known_content_keeps_are_counted_as_data() -> None:
+    axes = infer(trace(KnownRows(), (torch.arange(8).view(2, 4),)))
+    inner = axis_of(axes, "projections.1.weight", 0, 8)
+    assert "its partial sums would be attention scores" in [reason.text for reason in inner.illegal]

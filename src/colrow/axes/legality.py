@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from math import prod
 
+import torch
+
 from colrow.axes.factor import Factor, Reason
 from colrow.axes.result import Axes, Axis
 from colrow.trace.content import reads_data
@@ -85,6 +87,12 @@ def _forbid(axis: Axis, text: str, operation: Operation | None) -> None:
         axis.illegal.append(Reason(text, operation))
 
 
+def _has_known_shape(operation: Operation) -> bool:
+    """Whether the operator, of a kind that can read data, has no need to: an index of integers."""
+    masks = any(value.dtype in (torch.bool, torch.uint8) for value in operation.inputs[1:])
+    return operation.name in ("aten.index", "aten.index_put") and not masks
+
+
 class Volumes:
     """Numbers of elements as at real batch and sequence sizes."""
 
@@ -99,15 +107,15 @@ class Volumes:
                 target.update(atom.index for atom in axes.atoms(value))
         for factors in axes.marks.iota.values():
             data.update(atom.index for factor in factors for atom in axes.atoms_of(factor))
+        self._guessed: set[int] = set()
+        for operation in axes.trace.operations:
+            if reads_data(operation.function) and not _has_known_shape(operation):
+                given = {atom.index for value in operation.inputs for atom in axes.atoms(value)}
+                for value in operation.outputs:
+                    # how many tokens an expert gets is guessed: all together they get as many as there are
+                    target = self._guessed if value.content is None else data
+                    target.update(atom.index for atom in axes.atoms(value) if atom.index not in given)
         self._data = data - parameters
-        # how many tokens an expert gets is guessed: all together they get as many as there are
-        self._guessed = {
-            atom.index
-            for operation in axes.trace.operations
-            if reads_data(operation.function)
-            for value in operation.outputs
-            for atom in axes.atoms(value)
-        }
         self._extents: dict[int, int] = {}
 
     def of(self, value: Value) -> int:
