@@ -9,10 +9,11 @@ from colrow.layers import cross_entropy
 from colrow.matmul import Grid, MatmulResult, matmul
 from colrow.mesh import init_mesh
 from colrow.parameters import ParameterCount, clip_grad_norm_, count_parameters, global_grad_norm
-from colrow.plan import HandPlan, Plan
+from colrow.plan import HandPlan, Plan, derive_plan
 from colrow.randomness import manual_seed
 from colrow.replicas import check_replicas
 from colrow.state import state_of
+from colrow.verify import VerificationError, verify, verify_on_ranks
 
 __all__ = [
     "Grid",
@@ -23,11 +24,13 @@ __all__ = [
     "PlanError",
     "RankFailure",
     "ShardedLogits",
+    "VerificationError",
     "check_replicas",
     "clip_grad_norm_",
     "comm_stats",
     "count_parameters",
     "cross_entropy",
+    "derive_plan",
     "global_grad_norm",
     "init_mesh",
     "load_optimizer",
@@ -41,4 +44,6 @@ __all__ = [
     "save_pretrained",
     "state_of",
     "unshard",
+    "verify",
+    "verify_on_ranks",
 ]

@@ -231,6 +231,8 @@ class Attributes:
         if "." not in name:
             # another module's attribute is changed there, for all who read it
             return (owner, name)
+        if not path:
+            return None  # what the model itself holds, its configuration, is saved with it
         *steps, last = name.split(".")
         holder = _follow(self._model.get_submodule(owner), steps)
         if holder is None or isinstance(holder, dict | list | tuple):
