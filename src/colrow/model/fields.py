@@ -51,7 +51,7 @@ _PATTERNS: tuple[tuple[Role, tuple[str, ...]], ...] = (
         "kept",
         (
             r"(kernel|patch|window|chunk|batch|block|step|group|merge|pool|roi|cache|grid|stride)_sizes?$",
-            r"(frame|type|tubelet|input|context|mask|background|codebook|image_embedding|feat)_sizes?$",
+            r"(frame|type|tubelet|spec|input|context|mask|background|codebook|image_embedding|feat)_sizes?$",
             r"layer_norm|layer_scale|conv_kernel|position_embedding|_per_stage$",
             r"^num_(channels|mel_bins)$|^(model_in|mel)_dim$",
             r"^in_(channels|chans)$",

@@ -261,6 +261,7 @@ _MAKERS: tuple[tuple[str, tuple[Make, ...]], ...] = (
             lambda make: make.floats(BATCH, *make.image()),
             lambda make: make.floats(BATCH, FRAMES, make.mels),
             lambda make: make.floats(BATCH, 1, SAMPLES),
+            lambda make: make.floats(BATCH, LENGTH, make.number("encoder_hidden_size", default=64)),
         ),
     ),
     ("inputs_embeds|.*_embeds|query_embeds", (lambda make: make.floats(BATCH, LENGTH, make.width),)),

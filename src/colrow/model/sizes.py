@@ -104,7 +104,7 @@ def fill_missing(tree: Tree) -> None:
                 "head size": hidden // heads if hidden and heads else None,
                 "inner width": hidden if "moe" in name else None,
             }
-            by_name = {"prediction_length": 4, "pad_token_id": 0}
+            by_name = {"prediction_length": 4, "pad_token_id": 0, "image_token_index": 3, "image_token_id": 3}
             node.data[name] = by_name.get(name, by_role.get(node.role(name)))
         fit_rotation(node, fill=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -120,7 +121,7 @@ def build(
 
 def copy_of(config: PreTrainedConfig) -> PreTrainedConfig:
     """The same configuration: a model changes its own as it is built."""
-    return type(config).from_dict(config.to_dict())
+    return copy.deepcopy(config)
 
 
 def try_out(
