@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import colrow
 from colrow.layout import Cut
-from colrow.plan import LLAMA, AxisSpec, HandPlan, LossSpec, column, hand_plan, replicated, row, vocab
+from colrow.plan import LLAMA, AxisSpec, HandPlan, LossSpec, column, replicated, row, vocab
 from tests.apply.comparison import assemble, largest_error
 from tests.pool import Pool, worker_mesh
 
@@ -208,8 +208,6 @@ def test_every_mistake_is_named() -> None:
     assert "its 5 units cannot give each of 40 ranks one" in message
     with pytest.raises(colrow.PlanError, match="share has 3 values for 2 ranks"):
         _plan().resolve(model, 2, [1, 1, 1])
-    with pytest.raises(colrow.PlanError, match="no hand-written plan for Mill"):
-        hand_plan(model)
 
 
 def test_tied_parameters_must_be_cut_alike() -> None:
