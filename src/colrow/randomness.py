@@ -163,6 +163,11 @@ class RegionRandomness:
     def pause(self) -> None:
         """Draw from the common stream, until :meth:`resume`: for whole values within a region."""
         if self._outside is None or self._generator is None:
+            if torch.default_generator.initial_seed() >> _SEED_BITS == _REGION_MARK:
+                raise RuntimeError(
+                    "activation checkpointing recomputes a part of a region in which random numbers are "
+                    "drawn for whole values too, so they cannot be replayed: checkpoint whole blocks"
+                )
             return
         self._paused.append(self._generator.get_state())
         self._generator.set_state(self._outside)

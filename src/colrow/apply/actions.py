@@ -28,6 +28,7 @@ from colrow.plan import (
     LocalAttribute,
     ModuleInput,
     ModuleOutput,
+    OwnRandomness,
     Place,
     Plan,
     Sharding,
@@ -77,7 +78,7 @@ class Applier:
             changes = self._calls.at(integer.place.module).at(integer.place.call)
             changes.integers.append((integer.place.path, change))
         for own in plan.randomness:
-            self._own_randomness(own.module, own.whole)
+            self._own_randomness(own)
         self._modules.attach()
         self._calls.attach()
         if plan.loss is not None:
@@ -205,10 +206,10 @@ class Applier:
             scope = Scope(region.name, self._region, entries.get(region.entry))
             scope.attach(self._model.get_submodule(region.scope))
 
-    def _own_randomness(self, path: str, whole: tuple[str, ...]) -> None:
-        module = self._model.get_submodule(path)
-        scope = OwnScope(path or "the model", self._region)
-        scope.attach(module, [self._model.get_submodule(one) for one in whole])
+    def _own_randomness(self, own: OwnRandomness) -> None:
+        module = self._model.get_submodule(own.module)
+        scope = OwnScope(own.module or "the model", self._region, own.always)
+        scope.attach(module, [self._model.get_submodule(one) for one in own.whole])
 
     # ---------------------------------------------------------------- values and numbers
 
@@ -253,8 +254,8 @@ class Applier:
 class OwnScope:
     """Hooks on a module that draws random numbers for parts, and on those in it that draw for wholes."""
 
-    def __init__(self, name: str, randomness: RegionRandomness) -> None:
-        self._name, self._randomness = name, randomness
+    def __init__(self, name: str, randomness: RegionRandomness, always: bool) -> None:
+        self._name, self._randomness, self._always = name, randomness, always
 
     def attach(self, module: nn.Module, whole: list[nn.Module]) -> None:
         """Hook the modules."""
@@ -265,9 +266,9 @@ class OwnScope:
             inner.register_forward_hook(self._resume, always_call=True)
 
     def _begin(self, module: nn.Module, arguments: Any) -> None:
-        is_training = module.training or any(child.training for child in module.modules())
-        self._randomness.begin_scope(self._name, is_training)
-        if is_training:
+        draws = self._always or module.training or any(child.training for child in module.modules())
+        self._randomness.begin_scope(self._name, draws)
+        if draws:
             self._randomness.enter(_device(module, arguments), self._name)
 
     def _end(self, module: nn.Module, arguments: Any, output: Any) -> None:

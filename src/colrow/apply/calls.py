@@ -6,11 +6,12 @@ if the function has the name of one that is to be changed.
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import wraps
+from inspect import signature
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -42,6 +43,15 @@ class CallChanges:
     integers: list[tuple[Path, Callable[[Any], Any]]] = field(default_factory=list)
     results: list[tuple[Path, Change]] = field(default_factory=list)
     replacement: Replacement | None = None
+
+    def with_(self, other: CallChanges) -> CallChanges:
+        """These changes and those of ``other``."""
+        return CallChanges(
+            [*self.arguments, *other.arguments],
+            [*self.integers, *other.integers],
+            [*self.results, *other.results],
+            self.replacement or other.replacement,
+        )
 
     def call(self, function: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
         """Call the function with everything changed."""
@@ -88,22 +98,55 @@ class ModuleCalls:
         """
         for call in self._changes:
             check_call(call, self._path)
-        mode = _Mode(self._changes)
-        original, after = self._module.forward, self._after
+        own = vars(self._module).get("forward")
+        reason = f"the plan changes calls within the code of {self._path or 'the model'}"
+        self._module.forward = _Forward(self._module, own, _Mode(self._changes), self._after, reason)
 
-        # the signature stays that of the original, which others ask for the names of arguments
-        @outside_of_graphs(f"the plan changes calls within the code of {self._path or 'the model'}")
-        @wraps(original)
-        def forward(*arguments: Any, **keywords: Any) -> Any:
-            mode.passes.clear()
-            try:
-                with mode:
-                    return original(*arguments, **keywords)
-            finally:
-                for action in after:
-                    action()
 
-        self._module.forward = forward
+class _Forward:
+    """A module's forward under the mode; a copy of the module has one of its own."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        own: Callable[..., Any] | None,
+        mode: _Mode,
+        after: list[Callable[[], None]],
+        reason: str,
+    ) -> None:
+        self._module, self._own, self._mode, self._after, self._reason = module, own, mode, after, reason
+        original = self._original
+        # others ask for the names of arguments, and for the name of the function
+        self.__signature__ = signature(original)
+        self.__name__, self.__doc__ = "forward", original.__doc__
+        self._run = outside_of_graphs(reason)(self._forward)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Forward:
+        return _Forward(
+            copy.deepcopy(self._module, memo),
+            copy.deepcopy(self._own, memo),
+            copy.deepcopy(self._mode, memo),
+            copy.deepcopy(self._after, memo),
+            self._reason,
+        )
+
+    @property
+    def _original(self) -> Callable[..., Any]:
+        """What the module runs without this: a forward of its own, or that of its class."""
+        bound: Callable[..., Any] = type(self._module).forward.__get__(self._module)
+        return self._own or bound
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        return self._run(*arguments, **keywords)
+
+    def _forward(self, *arguments: Any, **keywords: Any) -> Any:
+        self._mode.passes.clear()
+        try:
+            with self._mode:
+                return self._original(*arguments, **keywords)
+        finally:
+            for action in self._after:
+                action()
 
 
 class _Mode(TorchFunctionMode):
@@ -114,6 +157,11 @@ class _Mode(TorchFunctionMode):
         self._calls: dict[tuple[str, str, int], dict[int, CallChanges]] = defaultdict(dict)
         for call, change in changes.items():
             self._calls[call.source, call.code, call.instruction][call.occurrence] = change
+        for passes in self._calls.values():
+            every = passes.get(-1)
+            for occurrence in passes if every is not None else ():
+                if occurrence >= 0 and every is not None:
+                    passes[occurrence] = passes[occurrence].with_(every)
         self._codes: dict[int, tuple[CodeType, str]] = {}
         self._opened = any(call.source == "torch.nn.functional" for call in changes)
 
@@ -146,7 +194,7 @@ class _Mode(TorchFunctionMode):
         place = (identity, site.instruction)
         occurrence = self.passes[place]
         self.passes[place] += 1
-        return found.get(-1) or found.get(occurrence)
+        return found.get(occurrence) or found.get(-1)
 
 
 def _body(function: Any) -> Callable[..., Any] | None:

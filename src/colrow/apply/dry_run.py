@@ -15,12 +15,15 @@ from colrow.apply.actions import Applier
 from colrow.collectives import Communicator
 from colrow.collectives.pending import Pending
 from colrow.collectives.statistics import CommStats
+from colrow.localise import arguments
 from colrow.plan import Gather, ModuleOutput, Plan
 from colrow.plan.selection import CannotPlaceError
 from colrow.plan.states import States
 from colrow.trace import Example, Trace, TraceError, trace_together
+from colrow.trace.integers import TracedInt
 from colrow.trace.meta import meta_copy
-from colrow.trace.records import ModuleCall, Operation, Value
+from colrow.trace.records import FunctionCall, ModuleCall, Operation, Value
+from colrow.trace.tree import Path
 
 
 class DryRanks(Communicator):
@@ -85,7 +88,7 @@ def dry_run(
             f"on rank {rank} {path or 'the model'} raises {type(error).__name__}: {error}",
             *_operations(states.selection.trace, path),
         ) from error
-    return _compare(found, states, rank)
+    return _compare(found, states, plan, rank)
 
 
 def _without_loss(plan: Plan) -> Plan:
@@ -107,7 +110,7 @@ def _inside(module: ModuleCall, path: str) -> bool:
     return module.path == path or module.path.startswith(f"{path}.") or not path
 
 
-def _compare(found: Trace, states: States, rank: int) -> str | None:
+def _compare(found: Trace, states: States, plan: Plan, rank: int) -> str | None:
     expected = states.selection.trace
     paths = [[call.path for call in trace.modules] for trace in (expected, found)]
     if paths[0] != paths[1]:
@@ -117,7 +120,53 @@ def _compare(found: Trace, states: States, rank: int) -> str | None:
             shape = _shape(value, call, states, rank)
             if shape is not None and shape != part.shape:
                 raise _mismatch(call, shape, part.shape, states, rank)
+    _compare_numbers(found, states, plan)
     return None
+
+
+def _compare_numbers(found: Trace, states: States, plan: Plan) -> None:
+    """What the program computes from sizes, in ways that recording does not see, must not have changed.
+
+    Raises:
+        CannotPlaceError: if a number other than a size differs.
+    """
+    changed = {(one.place.module, one.place.call.code, one.place.call.line) for one in plan.integers}
+    local = {_place(call): call for call in found.calls}
+    for call in states.selection.trace.calls:
+        other = local.get(_place(call))
+        code = getattr(call.site.code, "co_qualname", call.site.code.co_name)
+        if other is None or (call.module.path, code, call.site.line) in changed:
+            continue
+        for (path, number), (same, part) in zip(_numbers(call), _numbers(other), strict=False):
+            if path == same and number != part:
+                operations = states.selection.trace.operations[call.first : call.last]
+                raise states.selection.cannot(
+                    f"the program computes with a size that would become local: {number} is {part} on a rank",
+                    *operations,
+                )
+
+
+def _place(call: FunctionCall) -> tuple[int, str, int, int, int]:
+    return (
+        call.module.index,
+        call.name,
+        id(call.site.code),
+        call.site.instruction,
+        call.occurrence,
+    )
+
+
+def _numbers(call: FunctionCall) -> list[tuple[Path, float]]:
+    """Numbers among the arguments whose origin is not known, with their paths."""
+    found: list[tuple[Path, float]] = []
+
+    def collect(path: Path, item: object) -> object:
+        if isinstance(item, int | float) and not isinstance(item, bool | TracedInt):
+            found.append((path, item))
+        return item
+
+    arguments.changed(call, collect)
+    return found
 
 
 def _mismatch(

@@ -39,10 +39,11 @@ class Part:
         local = self._layout.local_size(self._cut, rank)
         if size == local:
             return self._layout
-        if local and size % local == 0:
-            return self._of_size(self._layout.size // local * size)
-        if local and local % size == 0:
-            return self._of_size(self._layout.size // (local // size))
+        if local and len(self._layout.segments) == 1:
+            (segment,) = self._layout.segments
+            outer, rest = divmod(size, local // segment.outer)
+            if not rest:
+                return self._of_size(outer * segment.units * segment.inner)
         raise ValueError(f"{self._label}: got {size} of a dimension of which the rank has {local}")
 
     def indices(self, size: int, rank: int) -> Tensor:

@@ -24,6 +24,7 @@ class Shadow:
 
     def __init__(self, parameters: Sequence[tuple[nn.Module, str, Change]]) -> None:
         self._parameters = tuple(parameters)
+        self._before: list[list[Any]] = []
 
     def attach(self, reader: nn.Module) -> None:
         """Hook the module that reads them."""
@@ -31,10 +32,18 @@ class Shadow:
         reader.register_forward_hook(self._restore, always_call=True)
 
     def _shadow(self, module: nn.Module, arguments: Any) -> None:
+        before = []
         for holder, name, change in self._parameters:
             # an instance attribute is found before a registered parameter
+            before.append(holder.__dict__.get(name))
             holder.__dict__[name] = change(holder._parameters[name])  # type: ignore[arg-type]
+        self._before.append(before)
 
     def _restore(self, module: nn.Module, arguments: Any, output: Any) -> None:
-        for holder, name, _ in self._parameters:
-            holder.__dict__.pop(name, None)
+        if not self._before:
+            return  # what came before this hook raised
+        for (holder, name, _), before in zip(self._parameters, self._before.pop(), strict=True):
+            if before is None:
+                holder.__dict__.pop(name, None)
+            else:
+                holder.__dict__[name] = before  # a reader around this one

@@ -62,7 +62,16 @@ class ModuleChanges:
                 new = change(item) if not rest and isinstance(item, Tensor) else changed(item, rest, change)
                 if new is not item:
                     arguments = (*arguments[:position], new, *arguments[position + 1 :])
+            elif name is None:
+                # an argument with a name may be left out; one of *arguments may have come by name
+                raise self._missing(position)
         return arguments, keywords
+
+    def _missing(self, which: int | None) -> ValueError:
+        return ValueError(
+            f"{self._path or 'the model'} is called without argument {which}, which the plan changes: call "
+            "it as in the example that the plan was made from, or make the plan from one of this form"
+        )
 
     def _after(self, module: nn.Module, arguments: Any, output: Any) -> Any:
         for path, change in self._outputs:
@@ -75,27 +84,40 @@ def changed(item: Any, path: Path, change: Change) -> Any:
 
     What can change is changed in place (mappings, outputs of transformers), so that its type stays.
     """
+    if item is None:
+        return None
     if not path:
-        return change(item) if isinstance(item, Tensor) else item
+        if isinstance(item, Tensor):
+            return change(item)
+        raise _other_form(item, path)
     first, rest = path[0], path[1:]
-    if isinstance(item, tuple):
-        assert isinstance(first, int)
+    if isinstance(item, tuple | list) and isinstance(first, int):
         if first >= len(item):
             return item
         items = [*item[:first], changed(item[first], rest, change), *item[first + 1 :]]
+        if isinstance(item, list):
+            return items
         return type(item)(*items) if hasattr(item, "_fields") else tuple(items)
-    if isinstance(item, list):
-        assert isinstance(first, int)
-        return [changed(each, rest, change) if at == first else each for at, each in enumerate(item)]
     if isinstance(item, MutableMapping):
         if first in item:
             item[first] = changed(item[first], rest, change)
+        elif isinstance(first, int):
+            raise _other_form(item, path)
         return item
-    if isinstance(item, Mapping):
+    if isinstance(item, Mapping) and not isinstance(first, int):
         return {key: changed(each, rest, change) if key == first else each for key, each in item.items()}
     if dataclasses.is_dataclass(item) and hasattr(item, str(first)):
         object.__setattr__(item, str(first), changed(getattr(item, str(first)), rest, change))
-    return item
+        return item
+    raise _other_form(item, path)
+
+
+def _other_form(item: Any, path: Path) -> ValueError:
+    where = ".".join(map(str, path)) or "a tensor"
+    return ValueError(
+        f"the plan changes {where} of what is a {type(item).__name__} here, and was something else in the "
+        "example that the plan was made from: make the plan from an example of this form"
+    )
 
 
 class ModuleTable:

@@ -73,6 +73,7 @@ class _Search:
         if not self._selection.chosen:
             return Localisation()
         self._refuse_numeric_uses()
+        self._refuse_sizes_elsewhere()
         for call in self._concerned:
             if any(abs(number) > 1 for number in integers_of(call).values()):
                 self._solve(call)
@@ -89,6 +90,20 @@ class _Search:
                 local = self._solver.on_rank(escape.expression, rank, {}, sliced=True)
                 if local != escape.expression.value:
                     raise self._refusal("the program computes with a size that would become local", escape)
+
+    def _refuse_sizes_elsewhere(self) -> None:
+        """A size that becomes local may not be given to what deals with whole values, as an index is."""
+        concerned = {call.index for call in self._concerned}
+        for call in self._trace.calls:
+            if call.index in concerned or not integers_of(call):
+                continue
+            for rank in self._ranks:
+                given = self._solver.given(call, rank, {})
+                if given:
+                    operation = self._trace.operations[call.first]
+                    raise self._selection.cannot(
+                        "a size that would become local is given to what deals with whole values", operation
+                    )
 
     def _flips(self, escape: Escape) -> bool:
         """Whether a comparison has another outcome with what has been decided so far."""

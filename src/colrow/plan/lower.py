@@ -210,15 +210,25 @@ class _Lowering:
 
     # ---------------------------------------------------------------- random numbers
 
+    def _in_training(self, operation: Operation) -> bool:
+        """Whether an operation is of a run in training mode."""
+        return any(
+            mode == "training" and root.first <= operation.index < root.last
+            for mode, root in self._selection.trace.runs
+        )
+
     def _randomness(self) -> None:
         registry = self._selection.axes.registry
         kinds: dict[str, set[bool]] = defaultdict(set)
         first: dict[str, Operation] = {}
+        always: set[str] = set()
         for operation in self._selection.trace.operations:
             rule = registry.find(operation.function)
             if rule is not None and rule.random and operation.module is not None:
                 local = any(self._states.made_local(value) for value in operation.outputs)
                 kinds[operation.module.path].add(local)
+                if local and not self._in_training(operation):
+                    always.add(operation.module.path)
                 first.setdefault(operation.module.path, operation)
         for path, found in kinds.items():
             if len(found) > 1:
@@ -229,7 +239,8 @@ class _Lowering:
         for path in own:
             if not any(_is_inside(path, other) for other in own):
                 whole = [one for one, found in kinds.items() if False in found and _is_inside(one, path)]
-                self._actions.randomness.append(OwnRandomness(path, tuple(whole)))
+                draws = any(one == path or _is_inside(one, path) for one in always)
+                self._actions.randomness.append(OwnRandomness(path, tuple(whole), draws))
 
 
 def _is_inside(path: str, other: str) -> bool:

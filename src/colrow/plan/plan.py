@@ -159,11 +159,13 @@ class LocalInteger:
 class OwnRandomness:
     """The random numbers that ``module`` draws differ by rank, because what they are used on is cut.
 
-    Within it the modules ``whole`` draw for values that are the same on all ranks.
+    Within it the modules ``whole`` draw for values that are the same on all ranks. With ``always`` it draws
+    in evaluation mode too.
     """
 
     module: str
     whole: tuple[str, ...] = ()
+    always: bool = False
 
 
 @dataclass(frozen=True)

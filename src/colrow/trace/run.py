@@ -108,10 +108,11 @@ def trace_together(
     if not is_on_meta(model):
         model, originals = meta_copy(model)
     recorder = Recorder(", ".join(examples), routing)
-    _register_model(recorder, model, originals or {})
-    for mode, example in examples.items():
-        _run(recorder, model, example, mode, copy_layers)
-    recorder.finish()
+    with _all_differentiable(model):
+        _register_model(recorder, model, originals or {})
+        for mode, example in examples.items():
+            _run(recorder, model, example, mode, copy_layers)
+        recorder.finish()
     return recorder.trace
 
 
@@ -128,6 +129,19 @@ def _trace(
     _run(recorder, model, example, mode, copy_layers)
     recorder.finish()
     return recorder.trace
+
+
+@contextmanager
+def _all_differentiable(model: nn.Module) -> Iterator[None]:
+    """Frozen parameters may be trained later: here they carry gradients like the others."""
+    frozen = [one for one in model.parameters() if not one.requires_grad and one.is_floating_point()]
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
 
 
 def _run(recorder: Recorder, model: nn.Module, example: Example, mode: str, copy_layers: bool) -> None:
