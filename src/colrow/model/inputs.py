@@ -7,6 +7,7 @@ import linecache
 import re
 import traceback
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ import torch
 
 from colrow.model.images import image_token, insert_image_tokens
 from colrow.model.makers import Maker, makers_of, to_device
+from colrow.model.memory import LimitedTensors
 from colrow.trace import trace
 
 if TYPE_CHECKING:
@@ -59,8 +61,9 @@ def make_inputs(model: PreTrainedModel, recipe: Recipe, seed: int) -> dict[str, 
 
 def call(model: PreTrainedModel, inputs: Mapping[str, Any]) -> None:
     """Run the model; on the meta device, where data is needed that it does not have there, record it."""
+    limit: AbstractContextManager[Any] = nullcontext() if model.device.type == "meta" else LimitedTensors()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), limit:
             model(**to_device(inputs, model.device))
     except (RuntimeError, NotImplementedError) as error:
         if model.device.type != "meta" or "meta" not in str(error):

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 MOST_PARAMETERS = 30_000_000
-"""Models up to this size are run for real; larger ones take too much time and memory."""
+"""Models up to this size, with buffers, are run for real; larger ones take too much time and memory."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def try_out(
     try:
         model = build(model_class, copy_of(config), "meta")
         parameters = sum(one.numel() for one in model.parameters())
-        if parameters > MOST_PARAMETERS:
+        if parameters + sum(one.numel() for one in model.buffers()) > MOST_PARAMETERS:
             return Attempt(parameters, error=f"it has {parameters} parameters")
         model = build(model_class, copy_of(config), "cpu")
     except Exception as error:
