@@ -7,6 +7,7 @@ is left through one all-reduce, and so are all the experts of a layer together.
 
 from __future__ import annotations
 
+import dis
 from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any
@@ -180,10 +181,23 @@ class _Search:
         ]
         if not leaving or any(value.index not in given for value in leaving):
             return None
+        if call is not None and not _rebinds(call) and self._writes_into(leaving, call):
+            # the program goes on with the tensor that was written into, not with the call's result
+            return None
         places = [(path, value) for path, value in outputs if value in leaving]
         if len({value.index for _, value in places}) != len(places):
             return None
         return _Choice(float(sum(map(self._volumes.of, leaving))), (spread, places, call))
+
+    def _writes_into(self, values: list[Value], call: FunctionCall) -> bool:
+        """Whether the call wrote into tensors that there were before."""
+        written = {
+            one.index
+            for operation in self._trace.operations[call.first : call.last]
+            for one in operation.outputs
+            if one in operation.inputs
+        }
+        return any(value.index in written for value in values)
 
     def _collect(self, module: ModuleCall, choice: _Choice, found: Reductions) -> None:
         for part, inner in choice.parts:
@@ -196,6 +210,11 @@ class _Search:
         for index, (_, since) in spread.values.items():
             found.partial[index] = (since, until)
         found.once += spread.once
+
+
+def _rebinds(call: FunctionCall) -> bool:
+    """Whether the call is an operator, as in ``x += y``: then the name ``x`` gets its result."""
+    return dis.opname[call.site.code.co_code[call.site.instruction]].startswith(("BINARY_OP", "INPLACE"))
 
 
 def paths_of(item: Any) -> list[tuple[Path, Value]]:

@@ -98,7 +98,7 @@ class Sites:
                 module, path = max(made, key=lambda one: one[0].first)
                 return [Where(module, None, path, True)]
             producer = value.producer
-            if producer is not None and producer.call is not None and left:
+            if producer is not None and producer.call is not None and left and value not in producer.inputs:
                 for path, one in paths_of(producer.call.outputs):
                     if one is value:
                         return [Where(producer.call.module, producer.call, path, True)]
