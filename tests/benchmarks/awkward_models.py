@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from colrow.state import is_parallelized
+
 
 def names() -> list[str]:
     return ["good", "raises", "hangs", "exits", "is killed", "cannot run", "dies in a rank", "differs"]
@@ -39,11 +41,10 @@ class Dying(Perceptron):
 
 
 class Differing(Perceptron):
-    """Computes with the size of something that is cut, in a way that nobody can see."""
+    """Computes something else when it has been cut, in a way that nobody can foresee."""
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = self.up(x)
-        return self.down(hidden.relu()) + float(f"{hidden.shape[-1]}")
+        return super().forward(x) * (1.5 if is_parallelized(self) else 1.0)
 
 
 class Misused(Perceptron):
