@@ -396,6 +396,9 @@ def test_shapes_changed_in_place_are_new_values() -> None:
     reshaped = [operation for operation in record.operations if operation.name.endswith("_")]
     assert [operation.outputs[0].shape for operation in reshaped] == [(3, 1, 4), (4, 1, 3), (4, 1)]
     assert reshaped[1].inputs == reshaped[0].outputs
+    assert [operation.arguments[0] for operation in reshaped] == [
+        operation.inputs[0] for operation in reshaped
+    ]
     assert value.shape == (3, 4)
     assert {operation.outputs[0].storage for operation in reshaped[:2]} == {value.storage}
     assert reshaped[2].outputs[0].content is not None

@@ -185,6 +185,8 @@ class OperatorMode(TorchDispatchMode):
     ) -> None:
         recorder = self.recorder
         trace, table = recorder.trace, recorder.table
+        # before a tensor that is given another shape in place stands for something new
+        given_arguments, given_keywords = recorder.snapshot((arguments, keywords))
         results = tensors_of(result)
         contents: list[Tensor | None] = [*tensors_of(real)] if real is not None else [None] * len(results)
         fresh: list[Value] = []
@@ -202,8 +204,8 @@ class OperatorMode(TorchDispatchMode):
         operation = Operation(
             len(trace.operations),
             function,
-            recorder.snapshot(arguments),
-            recorder.snapshot(keywords),
+            given_arguments,
+            given_keywords,
             inputs,
             tuple(outputs),
             recorder.module,
