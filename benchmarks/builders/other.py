@@ -59,6 +59,9 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Inputs]]] = {
     "latents": (attention.Latents, _states()),
     "slopes": (attention.Slopes, _states()),
     "shared-layer": (attention.Shared, _states()),
+    "separate-heads": (attention.SeparateHeads, _states()),
+    "fused-block": (attention.FusedBlock, _states()),
+    "tied-norms": (attention.TiedNorms, _states()),
     "translator": (attention.Translator, _texts),
     "lstm": (mixing.Recurrent, lambda: {"ids": _ids()}),
     "lstm:labels": (mixing.Recurrent, _labelled),
@@ -71,6 +74,9 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Inputs]]] = {
     "recommender": (mixing.Recommender, _clicks),
     "graph": (mixing.Graph, _graph),
     "adapted": (mixing.Adapted, _states()),
+    "quantised": (mixing.Quantised, _images),
+    "dispatched": (mixing.Dispatched, _states()),
+    "recomputed": (mixing.Recomputed, _states()),
 }
 
 

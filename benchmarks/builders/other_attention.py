@@ -205,3 +205,77 @@ class Translator(nn.Module):
         )
         hidden = self.transformer(self.embedding(source), self.embedding(target), tgt_mask=mask)
         return F.linear(hidden, self.embedding.weight)
+
+
+class Head(nn.Module):
+    """One head of :class:`SeparateHeads`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.key = nn.Linear(HIDDEN, SIZE, bias=False)
+        self.query = nn.Linear(HIDDEN, SIZE, bias=False)
+        self.value = nn.Linear(HIDDEN, SIZE, bias=False)
+        self.register_buffer("tril", torch.ones(16, 16).tril())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[batch, sequence, hidden]`` to ``[batch, sequence, size]``."""
+        _, T, _ = x.shape
+        k, q = self.key(x), self.query(x)
+        tril = self.tril
+        assert isinstance(tril, Tensor)
+        weights = (q @ k.transpose(-2, -1) * k.shape[-1] ** -0.5).masked_fill(
+            tril[:T, :T] == 0, float("-inf")
+        )
+        return F.softmax(weights, dim=-1) @ self.value(x)
+
+
+class SeparateHeads(nn.Module):
+    """Attention as in lectures: every head a module of its own, their results concatenated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(Head() for _ in range(HEADS))
+        self.proj = nn.Linear(HIDDEN, HIDDEN)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[batch, sequence, hidden]`` to the same."""
+        return self.proj(torch.cat([head(x) for head in self.heads], dim=-1))
+
+
+class FusedBlock(nn.Module):
+    """Attention and feed-forward side by side, with one projection in and one out for both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes = (HIDDEN, HIDDEN, HIDDEN, FEATURES)
+        self.norm = nn.LayerNorm(HIDDEN)
+        self.first = nn.Linear(HIDDEN, sum(self.sizes), bias=False)
+        self.last = nn.Linear(HIDDEN + FEATURES, HIDDEN, bias=False)
+        self.q_norm, self.k_norm = nn.LayerNorm(SIZE), nn.LayerNorm(SIZE)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[batch, sequence, hidden]`` to the same."""
+        *heads, features = self.first(self.norm(x)).split(self.sizes, dim=-1)
+        q, k, v = (each.unflatten(-1, (HEADS, SIZE)).transpose(1, 2) for each in heads)
+        mixed = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v)
+        return x + self.last(torch.cat([mixed.transpose(1, 2).flatten(2), F.gelu(features)], dim=-1))
+
+
+class TiedNorms(nn.Module):
+    """Keys and queries of one head go through norms of the same weight; the last keys are used by nobody."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k = nn.Linear(HIDDEN, HIDDEN), nn.Linear(HIDDEN, HIDDEN)
+        self.q_norm, self.k_norm = RMSNorm(SIZE), RMSNorm(SIZE)
+        self.k_norm.weight = self.q_norm.weight
+        self.out = nn.Linear(HIDDEN, HIDDEN)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[batch, sequence, hidden]`` to the same."""
+        keys = self.k_norm(self.k(x).unflatten(-1, (HEADS, SIZE)))
+        for _ in range(2):
+            queries = self.q_norm(self.q(x).unflatten(-1, (HEADS, SIZE)))
+            x = x + self.out((queries * keys.sigmoid()).flatten(2))
+            keys = self.k_norm(self.k(x).unflatten(-1, (HEADS, SIZE)))
+        return x

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from other_attention import FEATURES, HIDDEN, VOCABULARY
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 class Recurrent(nn.Module):
@@ -229,3 +230,63 @@ class Adapted(nn.Module):
         h = F.mish(self.base(x) + self.dropout(self.up(self.down(x))) * 2.0)
         y = self.normed(h)
         return x + self.last(torch.tanh(self.bilinear(x, y)))
+
+
+class Quantised(nn.Module):
+    """An autoencoder with a codebook: nearest entries, gradients passed straight through, two losses."""
+
+    def __init__(self, codes: int = 17, width: int = 20) -> None:
+        super().__init__()
+        self.encoder = nn.Conv2d(3, width, 3, stride=2, padding=1)
+        self.codebook = nn.Parameter(torch.randn(codes, width))
+        self.decoder = nn.ConvTranspose2d(width, 3, 4, stride=2, padding=1)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images [batch, 3, 16, 16] again, and a loss."""
+        z = self.encoder(images).permute(0, 2, 3, 1)
+        nearest = torch.cdist(z.reshape(-1, z.shape[-1]), self.codebook).argmin(1)
+        chosen = self.codebook[nearest].view(z.shape)
+        loss = F.mse_loss(chosen.detach(), z) + F.mse_loss(chosen, z.detach())
+        passed = z + (chosen - z).detach()
+        return self.decoder(passed.permute(0, 3, 1, 2)), loss
+
+
+class Dispatched(nn.Module):
+    """Experts with room for so many tokens each: every token to one place, an auxiliary loss for balance."""
+
+    def __init__(self, experts: int = 4, room: int = 20) -> None:
+        super().__init__()
+        self.experts, self.room = experts, room
+        self.router = nn.Linear(HIDDEN, experts)
+        self.w_in = nn.Parameter(torch.randn(experts, HIDDEN, FEATURES) / 7)
+        self.w_out = nn.Parameter(torch.randn(experts, FEATURES, HIDDEN) / 7)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``[batch, sequence, hidden]`` to the same, and a loss."""
+        tokens = x.flatten(0, 1)
+        scores = self.router(tokens).softmax(-1)
+        gate, chosen = scores.max(-1)
+        one_hot = F.one_hot(chosen, self.experts)
+        place = (one_hot.cumsum(0) * one_hot).sum(-1) - 1
+        dispatch = (one_hot[:, :, None] * F.one_hot(place, self.room)[:, None]).to(x.dtype)
+        inside = torch.bmm(torch.einsum("nec,nd->ecd", dispatch, tokens), self.w_in).relu()
+        outside = torch.einsum("nec,ecd->nd", dispatch, torch.bmm(inside, self.w_out)) * gate[:, None]
+        balance = (scores.mean(0) * one_hot.to(x.dtype).mean(0)).sum() * self.experts
+        return x + outside.view_as(x), balance
+
+
+class Recomputed(nn.Module):
+    """Layers whose activations are computed again in the backward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.Linear(HIDDEN, FEATURES), nn.GELU(), nn.Linear(FEATURES, HIDDEN))
+            for _ in range(3)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[batch, sequence, hidden]`` to the same."""
+        for layer in self.layers:
+            x = x + checkpoint(layer, x, use_reentrant=False)
+        return x
