@@ -257,6 +257,11 @@ def _shared_entry() -> list[int]:
     entry = SharedEntry(communicator(mesh), "enter q, k, v")
     q, k, v = (column_parallel(_linear(6, 8), mesh, entry=entry) for _ in range(3))
     counts = []
+    a, b = _random(4, 6).requires_grad_(), _random(4, 6).requires_grad_()
+    colrow.reset_comm_stats()
+    (q(a).sum() + k(b).sum() + q(b).sum() + k(a).sum() + v(a).sum()).backward()
+    counts.append(colrow.comm_stats().count)
+    entry.forget()
     for second_input in (False, True):
         x = _random(4, 6).requires_grad_()
         other = _random(4, 6).requires_grad_() if second_input else x
@@ -279,8 +284,8 @@ def _shared_entry() -> list[int]:
 
 
 def test_layers_that_read_one_value_share_an_entry(ranks: Callable[[int], Pool]) -> None:
-    """q, k and v of one value: one all-reduce backward; q of one and k, v of another value: two."""
-    assert ranks(2).run(_shared_entry) == [[1, 2], [1, 2]]
+    """One all-reduce backward for each value: two that take turns, one, q of one and k, v of another."""
+    assert ranks(2).run(_shared_entry) == [[2, 1, 2], [2, 1, 2]]
 
 
 def _autocast_layers() -> None:

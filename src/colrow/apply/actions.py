@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
+from collections.abc import Container, Iterable
+from os.path import commonprefix
 from typing import Any, cast
 
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 from colrow.apply.calls import CallTable, local_number
 from colrow.apply.loss import ParallelLoss
 from colrow.apply.parts import Part, TakePart, TakeWhole
-from colrow.apply.regions import Scope, find_regions
+from colrow.apply.regions import Forgetting, Scope, find_regions
 from colrow.apply.shadow import Shadow
 from colrow.apply.shared import SharedPart
 from colrow.apply.values import Change, ModuleTable
@@ -79,8 +81,8 @@ class Applier:
             changes.integers.append((integer.place.path, change))
         for own in plan.randomness:
             self._own_randomness(own)
-        self._modules.attach()
         self._calls.attach()
+        self._modules.attach()
         if plan.loss is not None:
             self._loss(gather_logits)
         self._undo.seal(self._model)
@@ -157,9 +159,18 @@ class Applier:
             shared[entry] = one
             for place in entry.places:
                 self._change(place, one)
-            for place in calls:
-                self._calls.at(place.module).afterwards(one.forget)
+            if calls:
+                self._forget_after(entry.modules, {place.module for place in calls}, one)
         return shared
+
+    def _forget_after(self, modules: Iterable[str], calling: Container[str], entry: SharedEntry) -> None:
+        """Let go of what was entered when the innermost module that holds all its places has ended."""
+        common = ".".join(commonprefix([path.split(".") if path else [] for path in modules]))
+        if common in calling:
+            self._calls.at(common).afterwards(entry.forget)
+        else:
+            holder = self._model.get_submodule(common)
+            holder.register_forward_hook(Forgetting(entry), always_call=True)
 
     def _column(self, place: Place) -> str | None:
         """The path of a linear layer whose input it is and whose output features are cut."""

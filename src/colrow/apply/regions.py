@@ -88,3 +88,13 @@ class Scope:
         self._randomness.end_scope()
         if self._entry is not None:
             self._entry.forget()
+
+
+class Forgetting:
+    """A forward hook that lets go of what an entry has remembered; copied with the model."""
+
+    def __init__(self, entry: SharedEntry) -> None:
+        self._entry = entry
+
+    def __call__(self, *_: object) -> None:
+        self._entry.forget()

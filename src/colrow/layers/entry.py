@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -9,12 +11,22 @@ from colrow.collectives import Communicator, Enter
 from colrow.tracer import comptime, recall, remember
 
 
+@dataclass(slots=True)
+class _Entered:
+    """A value as it was when it was entered, what came of it, and how many layers have read that."""
+
+    value: Tensor
+    version: int
+    result: Tensor
+    reads: int = 0
+
+
 class SharedEntry:
     """Enters a value once, however many column-parallel layers read it: q, k and v; gate and up.
 
     Each entry costs an all-reduce in the backward pass. Layers that share an entry get the same entered
-    tensor as long as they are given the same tensor; given another one (as in cross-attention, where q reads
-    one value and k and v another), they enter that.
+    tensor as long as they are given the same tensor. Two are remembered: in cross-attention q reads one value
+    and k and v another, and where two sequences attend to each other the two take turns.
 
     Args:
         communicator: the tensor-parallel group.
@@ -29,12 +41,11 @@ class SharedEntry:
         self.forget()
 
     def forget(self) -> None:
-        """Let go of the last value."""
+        """Let go of the last values."""
         if torch.compiler.is_dynamo_compiling():
             return
-        self._value: Tensor | None = None
-        self._entered: Tensor | None = None
-        self._version, self._reads = -1, 0
+        self._latest: _Entered | None = None
+        self._earlier: _Entered | None = None
 
     def __deepcopy__(self, memo: dict[int, object]) -> SharedEntry:
         # layers that shared an entry share the copy of it; memo is keyed by identity
@@ -48,15 +59,22 @@ class SharedEntry:
             return value
         if torch.compiler.is_dynamo_compiling():
             return self._traced(value, f"{self._enter.communicator.name} {self._enter.label}")
-        if self._value is not value or self._version != value._version:
-            self._value, self._version, self._reads = value, value._version, 0
-            self._entered = self._enter(value)
-        self._reads += 1
-        entered = self._entered
-        assert entered is not None
-        if self._reads == self._members:
-            self.forget()  # all have read it: no activation is kept alive
-        return entered
+        latest = self._latest
+        if latest is None or latest.value is not value or latest.version != value._version:
+            latest = self._other(value)
+        latest.reads += 1
+        if latest.reads == self._members:
+            # all have read it: no activation is kept alive
+            self._latest, self._earlier = self._earlier, None
+        return latest.result
+
+    def _other(self, value: Tensor) -> _Entered:
+        """The value before the last, or a new one, which now is the last."""
+        found = self._earlier
+        if found is None or found.value is not value or found.version != value._version:
+            found = _Entered(value, value._version, self._enter(value))
+        self._latest, self._earlier = found, self._latest
+        return found
 
     def _traced(self, value: Tensor, name: str) -> Tensor:
         """Under torch.compile the graph remembers, for this object's attributes are not part of it."""

@@ -144,8 +144,10 @@ class _ParallelLinear(nn.Module):
         self.label, self.region = label, None
         self._out_first = isinstance(self, nn.Linear)
         names = ("out_features", "in_features") if self._out_first else ("nf", "nx")
-        sizes = [getattr(self, name) for name in names]  # global: a tied weight may be a shard already
         axis = 0 if output else 1
+        # a weight that is tied may be a shard already, or have another size than the layer was made with
+        sizes = list(self._operands[0].shape)[:: 1 if self._out_first else -1]
+        sizes[axis] = getattr(self, names[axis]) if layout is None else layout.size
         self.features, self.cut = axis_layout(sizes[axis], ranks.size, layout, cut)
         placed = (self.features, self.cut)
         dimension = axis if self._out_first else 1 - axis

@@ -199,7 +199,13 @@ class _Derivation:
             shapes=shapes,
             notes=tuple(self._notes(selection)),
             prediction=predict(
-                selection, placed.states, placed.borders, placed.reductions, placed.summations, parameters
+                selection,
+                placed.states,
+                placed.borders,
+                placed.reductions,
+                placed.summations,
+                parameters,
+                {name for name, one in self._model.named_parameters() if not one.requires_grad},
             ),
         )
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from math import prod
 
 import torch
 
 from colrow.plan.borders import Borders
 from colrow.plan.exits import Reductions
+from colrow.plan.flow import GradientFlow
 from colrow.plan.gradients import Summation
 from colrow.plan.plan import Sharding
 from colrow.plan.prediction import Direction, PredictedCollective, Prediction
@@ -27,9 +28,14 @@ def predict(
     reductions: Reductions,
     summations: list[Summation],
     parameters: Mapping[str, Sharding],
+    frozen: Collection[str] = (),
 ) -> Prediction:
-    """Collectives of every traced run, and parameters of every rank."""
-    return _Predictor(selection, states, borders, reductions, summations, parameters).run()
+    """Collectives of every traced run, and parameters of every rank.
+
+    Args:
+        frozen: names of parameters that are not trained: what only they would need is not communicated.
+    """
+    return _Predictor(selection, states, borders, reductions, summations, parameters, frozen).run()
 
 
 _Kind = tuple[str, Direction, str, str, tuple[int, ...], int, tuple[int, ...]]
@@ -44,7 +50,9 @@ class _Predictor:
         reductions: Reductions,
         summations: list[Summation],
         parameters: Mapping[str, Sharding],
+        frozen: Collection[str],
     ) -> None:
+        self._flow = GradientFlow(selection.trace, frozen)
         self._selection, self._states, self._borders = selection, states, borders
         self._reductions, self._summations, self._parameters = reductions, summations, parameters
         self._found: Counter[_Kind] = Counter()
@@ -88,7 +96,7 @@ class _Predictor:
             value = self._selection.trace.values[index]
             for mode, root in self._selection.trace.runs:
                 inside = [one for one in operations if root.first <= one.index < root.last]
-                if value.differentiable and inside:
+                if self._flow.reaches(value) and any(map(self._flow.through, inside)):
                     whole = [use for use in value.uses if use not in operations]
                     for _ in sites.readers(value, inside, not whole):
                         self._count(mode, value, "backward", "all-reduce", "part")
@@ -98,7 +106,7 @@ class _Predictor:
         cuts = {one.name: one.cut for one in self._selection.chosen}
         for value in self._selection.trace.values:
             sharding = self._parameters.get(value.source.name) if value.source.kind == "parameter" else None
-            if sharding is None or not value.differentiable:
+            if sharding is None or not self._flow.reaches(value):
                 continue
             shared: Counter[tuple[int, ...]] = Counter()
             for (low, high), members in sharding.layout.shared(cuts[sharding.axis]):
@@ -107,7 +115,11 @@ class _Predictor:
                 shape = list(value.shape)
                 shape[sharding.dimension] = extent
                 for mode, root in self._selection.trace.runs:
-                    inside = [use for use in value.uses if root.first <= use.index < root.last]
+                    inside = [
+                        use
+                        for use in value.uses
+                        if root.first <= use.index < root.last and self._flow.through(use)
+                    ]
                     for _ in {use.module.index for use in inside if use.module is not None}:
                         label = f"parameter {value.source.name}"
                         self._count_one(
@@ -116,9 +128,12 @@ class _Predictor:
 
     def _modes(self, summation: Summation) -> list[str]:
         """The runs in which a value's gradient is summed; a parameter's may be in several."""
-        modes = []
+        modes: list[str] = []
+        if not self._flow.reaches(summation.value):
+            return modes
+        flowing = [one for one in summation.operations if self._flow.through(one)]
         for mode, root in self._selection.trace.runs:
-            inside = [one for one in summation.operations if root.first <= one.index < root.last]
+            inside = [one for one in flowing if root.first <= one.index < root.last]
             readers = {one.module.index for one in inside if one.module is not None}
             is_parameter = summation.value.source.kind == "parameter"
             modes += [mode] * (len(readers) if is_parameter else bool(inside))

@@ -151,8 +151,12 @@ class FunctionMode(TorchFunctionMode):
         data = arguments[0] if arguments else next(iter(keywords.values()))
         if isinstance(data, Tensor):
             return function, arguments, keywords
-        arguments, keywords = map_leaves((arguments, keywords), _untraced)
+        arguments, keywords = map_leaves((arguments, keywords), self._as_number)
         return function, arguments, {**keywords, "device": "cpu"}
+
+    def _as_number(self, leaf: Any) -> Any:
+        """An element of a list of numbers: integers as they are, tensors as what they hold."""
+        return self._read("item", (leaf,), {}) if isinstance(leaf, Tensor) else _untraced(leaf)
 
     def _read(self, name: str, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
         recorder = self.recorder

@@ -33,13 +33,19 @@ def examples_by_mode(model: nn.Module, examples: Examples) -> dict[str, Example]
 
 
 def prepared(example: Example, dtype: torch.dtype, *, differentiable: bool) -> Example:
-    """A copy with floating-point tensors in ``dtype``, which want a gradient if ``differentiable``."""
+    """A copy with floating-point tensors in ``dtype``, which want a gradient if ``differentiable``.
+
+    A tensor that is given twice, as queries and as keys, is one tensor in the copy too.
+    """
+    copies: dict[int, Tensor] = {}
 
     def change(tensor: Tensor) -> Tensor:
-        copied = tensor.detach().clone()
-        if not copied.is_floating_point():
-            return copied
-        return copied.to(dtype).requires_grad_(differentiable)
+        if id(tensor) not in copies:
+            copied = tensor.detach().clone()
+            if copied.is_floating_point():
+                copied = copied.to(dtype).requires_grad_(differentiable)
+            copies[id(tensor)] = copied
+        return copies[id(tensor)]
 
     return _mapped(example, change)
 

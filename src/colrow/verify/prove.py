@@ -26,7 +26,7 @@ from colrow.plan.derive import derive_plan
 from colrow.state import placed_parameters
 from colrow.trace import Example
 from colrow.verify.exchange import Exchange, RanksRaised
-from colrow.verify.inputs import Examples, examples_by_mode
+from colrow.verify.inputs import Examples, examples_by_mode, prepared
 from colrow.verify.measure import TOLERANCES
 from colrow.verify.models import build_pair
 from colrow.verify.report import Check, Report
@@ -168,7 +168,9 @@ def verify_on_ranks(
     with Exchange(ranks) as exchange:
         original, cut = build_pair(model, dtype, seed)
         # ranks that make random inputs make different ones
-        modes = exchange.gather(examples_by_mode(original, examples))[0]
+        given = exchange.gather(examples_by_mode(original, examples))[0]
+        # a plan predicts bytes for what it is shown
+        modes = {mode: prepared(one, dtype, differentiable=False) for mode, one in given.items()}
         started = time.perf_counter()
         the_plan = _all_or_none(exchange, cut, lambda: _plan(cut, modes, ranks.size, plan, share, registry))
         plan_seconds = time.perf_counter() - started
