@@ -5,16 +5,16 @@ from __future__ import annotations
 import copy
 from collections import defaultdict
 from collections.abc import Container, Iterable
-from os.path import commonprefix
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from colrow.apply.calls import CallTable, local_number
+from colrow.apply.fast_path import keep_off_fast_path
 from colrow.apply.loss import ParallelLoss
 from colrow.apply.parts import Part, TakePart, TakeWhole
-from colrow.apply.regions import Forgetting, Scope, find_regions
+from colrow.apply.regions import Forgetting, Scope, common_module, find_regions
 from colrow.apply.shadow import Shadow
 from colrow.apply.shared import SharedPart
 from colrow.apply.values import Change, ModuleTable
@@ -85,6 +85,7 @@ class Applier:
         self._modules.attach()
         if plan.loss is not None:
             self._loss(gather_logits)
+        keep_off_fast_path(self._model, plan)
         self._undo.seal(self._model)
         return self._undo
 
@@ -165,7 +166,7 @@ class Applier:
 
     def _forget_after(self, modules: Iterable[str], calling: Container[str], entry: SharedEntry) -> None:
         """Let go of what was entered when the innermost module that holds all its places has ended."""
-        common = ".".join(commonprefix([path.split(".") if path else [] for path in modules]))
+        common = common_module(modules)
         if common in calling:
             self._calls.at(common).afterwards(entry.forget)
         else:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 from torch import nn
@@ -45,27 +47,17 @@ def find_regions(plan: Plan, model: nn.Module) -> list[Region]:
             if columns:
                 candidates.append((entry, columns))
         if candidates:
-            nearest = max(candidates, key=lambda one: len(_common([exit.module, *one[1]])))
+            nearest = max(candidates, key=lambda one: len(_holders([exit.module, *one[1]])))
             exits.setdefault(nearest, []).append(exit.module)
     regions = []
     for (entry, columns), modules in exits.items():
-        scope = _common([*columns, *modules])
+        scope = _holders([*columns, *modules])
         while scope and isinstance(
             model.get_submodule(".".join(scope)), nn.ModuleList | nn.ModuleDict
         ):  # containers are not called
             scope = scope[:-1]
         regions.append(Region(columns[0], columns, entry, tuple(modules), ".".join(scope)))
     return regions
-
-
-def _common(paths: list[str]) -> list[str]:
-    """The names that all paths begin with, less each path's own last name."""
-    common: list[str] = []
-    for names in zip(*(path.split(".")[:-1] for path in paths), strict=False):
-        if len(set(names)) > 1:
-            break
-        common.append(names[0])
-    return common
 
 
 class Scope:
@@ -98,3 +90,19 @@ class Forgetting:
 
     def __call__(self, *_: object) -> None:
         self._entry.forget()
+
+
+def common_module(paths: Iterable[str]) -> str:
+    """The path of the innermost module that holds all of those at ``paths``, or is one of them."""
+    return ".".join(_common(path.split(".") if path else [] for path in paths))
+
+
+def _holders(paths: Iterable[str]) -> list[str]:
+    """The names of the innermost module that holds all of those at ``paths``."""
+    return _common(path.split(".")[:-1] for path in paths)
+
+
+def _common(paths: Iterable[list[str]]) -> list[str]:
+    """The names that all paths begin with."""
+    common = takewhile(lambda names: len(set(names)) == 1, zip(*paths, strict=False))
+    return [names[0] for names in common]

@@ -7,10 +7,8 @@ plan's notes, and the rest is done again.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import prod
 
 from torch import nn
 
@@ -26,6 +24,7 @@ from colrow.plan.gradients import Summation, find_summations
 from colrow.plan.linear import Linearity
 from colrow.plan.lower import Actions, lower
 from colrow.plan.naming import names_of
+from colrow.plan.notes import notes_of
 from colrow.plan.plan import Axis, Plan, Sharding
 from colrow.plan.predict import predict
 from colrow.plan.selection import CannotPlaceError, Chosen, Selection
@@ -197,7 +196,7 @@ class _Derivation:
             loss=placed.borders.loss,
             holders=holders_of(self._model, parameters),
             shapes=shapes,
-            notes=tuple(self._notes(selection)),
+            notes=tuple(notes_of(self._axes, self._candidates, selection.chosen, self._banned)),
             prediction=predict(
                 selection,
                 placed.states,
@@ -223,34 +222,6 @@ class _Derivation:
                 parameters[name] = found[original]
         buffers = {name: one for name, one in found.items() if name not in parameters}
         return parameters, buffers
-
-    def _notes(self, selection: Selection) -> list[str]:
-        """What stays whole, why, and what that costs; the largest first."""
-        total = sum(
-            prod(value.shape) for value in self._axes.trace.values if value.source.kind == "parameter"
-        )
-        covered = {name for one in selection.chosen for name, _ in one.candidate.outer.parameters}
-        sizes: dict[str, int] = defaultdict(int)
-        reasons: dict[str, Reason] = {}
-        counted: set[tuple[str, str]] = set()
-        for candidate in self._candidates:
-            label = key(candidate)
-            reason = self._banned.get(label) or next(iter(candidate.illegal), None)
-            if reason is None:
-                continue
-            for value, _ in candidate.outer.members:
-                name = value.source.name
-                if value.source.kind == "parameter" and name not in covered and (label, name) not in counted:
-                    counted.add((label, name))
-                    sizes[label] += prod(value.shape)
-                    reasons.setdefault(label, reason)
-        notes = [
-            f"{label} stays whole, with {sizes[label] / total:.2%} of all parameters: {reasons[label]}"
-            for label in sorted(sizes, key=lambda one: -sizes[one])
-        ]
-        for name, operations in self._axes.unknown.items():
-            notes.append(f"no rule for {name} ({len(operations)} times): its dimensions stay whole")
-        return notes + self._axes.trace.warnings
 
 
 def _named_tensors(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

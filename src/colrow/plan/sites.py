@@ -93,7 +93,13 @@ class Sites:
                 ]
                 left = {index: one for index, one in left.items() if index not in inside}
         if everywhere and (left or len(places) > 1):
-            made = [(module, path) for module, path in self.outputs(value) if self._made_in(value, module)]
+            made = [
+                (module, path)
+                for module, path in self.outputs(value)
+                if self._made_in(value, module)
+                # what is read before it is returned has got away already
+                and not any(module.first <= index < module.last for index in mine)
+            ]
             if made:
                 module, path = max(made, key=lambda one: one[0].first)
                 return [Where(module, None, path, True)]

@@ -1,0 +1,126 @@
+"""Where gradients flow and where they do not: frozen parameters, unused outputs, values read and returned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from colrow.plan import derive_plan
+from colrow.trace import Example
+from colrow.verify import Report, verify_on_ranks
+from tests.pool import Pool, worker_mesh
+
+WIDTH = 12
+
+
+class Adapted(nn.Module):
+    """Two feed-forward blocks with low-rank adapters on the second: all else is frozen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.ModuleList(nn.Linear(WIDTH, 20) for _ in range(2))
+        self.down = nn.ModuleList(nn.Linear(20, WIDTH) for _ in range(2))
+        self.requires_grad_(False)
+        self.into = nn.Linear(WIDTH, 3, bias=False)
+        self.out = nn.Linear(3, 20, bias=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = nn.functional.one_hot(ids, WIDTH).to(self.into.weight.dtype)
+        x = x + self.down[0](self.up[0](x).relu())
+        return x + self.down[1]((self.up[1](x) + self.out(self.into(x))).relu())
+
+
+class Unheard(nn.Module):
+    """Two streams of which only one is returned: the other's last block gets no gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(WIDTH, 20), nn.ReLU(), nn.Linear(20, WIDTH)) for _ in range(4)
+        )
+        self.spare = nn.Linear(WIDTH, 40)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * 1.0
+        left, right = x + self.blocks[0](x), x + self.blocks[1](x)
+        left, right = left + self.blocks[2](right), right + self.blocks[3](left)
+        return left
+
+
+class Scores(nn.Module):
+    """Attention between two sequences with one head, cut within it; its weights are used and returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.value, self.out = nn.Linear(WIDTH, 64), nn.Linear(64, WIDTH)
+        self.scale = 0.01
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        weights = torch.bmm(self.query(x), self.key(y).transpose(1, 2)).softmax(-1)
+        return self.out(torch.bmm(weights, self.value(y))), weights
+
+
+class Reading(nn.Module):
+    """Reads what attention returns besides its result."""
+
+    def __init__(self, mixes: bool) -> None:
+        super().__init__()
+        self.first, self.mixes = Scores(), mixes
+        self.mix = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        mixed, weights = self.first(x, y)
+        return mixed + self.mix(weights @ y) if self.mixes else mixed
+
+
+def _pair() -> dict[str, Tensor]:
+    return {"x": torch.randn(2, 5, WIDTH), "y": torch.randn(2, 7, WIDTH)}
+
+
+MODELS: dict[str, Callable[[], tuple[nn.Module, dict[str, Tensor]]]] = {
+    "adapters": lambda: (Adapted(), {"ids": torch.randint(WIDTH, (2, 5))}),
+    "unheard": lambda: (Unheard(), {"x": torch.randn(2, 5, WIDTH)}),
+    "returned": lambda: (Reading(mixes=False), _pair()),
+    "returned-and-read": lambda: (Reading(mixes=True), _pair()),
+}
+
+
+def _verified(name: str, ranks: int) -> Report:
+    torch.manual_seed(0)
+    model, inputs = MODELS[name]()
+    examples = {"evaluation": Example((), inputs)}
+    model.eval()
+    return verify_on_ranks(model, examples, worker_mesh(ranks))
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("size", [2, 3])
+def test_gradients_and_predicted_collectives(ranks: Callable[[int], Pool], name: str, size: int) -> None:
+    report = ranks(size).run(_verified, name, size, timeout=60)[0]
+    report.raise_if_different()
+    assert report.share_cut > 0.4
+    assert any(check.kind == "collectives" for check in report.checks)
+
+
+def test_frozen_parameters_are_not_communicated_for() -> None:
+    """Only the second block's gradient is needed, and only by the adapters."""
+    model, inputs = MODELS["adapters"]()
+    plan = derive_plan(model, {"evaluation": Example((), inputs)}, 2)
+    assert plan.prediction is not None
+    backward = [one for one in plan.prediction.collectives if one.direction == "backward"]
+    model.requires_grad_(True)
+    plan = derive_plan(model, {"evaluation": Example((), inputs)}, 2)
+    assert plan.prediction is not None
+    trained = [one for one in plan.prediction.collectives if one.direction == "backward"]
+    assert sum(one.count for one in backward) < sum(one.count for one in trained)
+
+
+def test_what_no_example_uses_is_named() -> None:
+    model, inputs = MODELS["unheard"]()
+    plan = derive_plan(model, {"evaluation": Example((), inputs)}, 2)
+    [note] = [note for note in plan.notes if "no example uses" in note]
+    assert note.startswith("spare, with ")
