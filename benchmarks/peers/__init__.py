@@ -1,0 +1,1 @@
+"""colrow beside the systems that do the same: one model, one step, measured in turns."""
