@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from colrow.forwards import kept_by_forwards, take_back
+
 _MISSING = object()
 _HOOKS = (
     "_forward_hooks",
@@ -43,7 +45,7 @@ class Undo:
                 name
                 for name in before.keys() | now.keys()
                 if before.get(name, _MISSING) is not now.get(name, _MISSING)
-            }
+            } - kept_by_forwards(module)
             self._attributes[path] = {name: before.get(name, _MISSING) for name in changed}
             self._hooks[path] = {name: set(now[name]) - self._hooks[path][name] for name in _HOOKS}
 
@@ -53,6 +55,7 @@ class Undo:
             if path not in self._classes:
                 continue
             module.__class__ = self._classes[path]
+            take_back(module)
             for name, value in self._attributes[path].items():
                 if value is _MISSING:
                     vars(module).pop(name, None)

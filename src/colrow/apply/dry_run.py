@@ -6,8 +6,12 @@ have to give what the plan says: parts of the shapes that were worked out.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from inspect import signature
+from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -23,7 +27,7 @@ from colrow.trace import Example, Trace, TraceError, trace_together
 from colrow.trace.integers import TracedInt
 from colrow.trace.meta import meta_copy
 from colrow.trace.records import FunctionCall, ModuleCall, Operation, Value
-from colrow.trace.tree import Path
+from colrow.trace.tree import Path as ItemPath
 
 
 class DryRanks(Communicator):
@@ -77,18 +81,65 @@ def dry_run(
         CannotPlaceError: if the rank's model raises, or gives other shapes; names the axes of the module.
     """
     copied, originals = meta_copy(model)
+    before = _own_forwards(copied)
     Applier(copied, DryRanks(rank, plan.ranks), _without_loss(plan)).apply(gather_logits=True)
+    direct = _Direct()
+    for path, forward in _own_forwards(copied).items():
+        if forward is not before.get(path):
+            direct.watch(path, copied.get_submodule(path))
     try:
         found = trace_together(copied, examples, routing="guess", originals=originals)
-    except TraceError as error:
-        return f"the dry run was given up: {error}"
     except Exception as error:
+        direct.refuse(states)
+        if isinstance(error, TraceError):
+            return f"the dry run was given up: {error}"
         path = getattr(error, "colrow_module", "")
         raise states.selection.cannot(
             f"on rank {rank} {path or 'the model'} raises {type(error).__name__}: {error}",
             *_operations(states.selection.trace, path),
         ) from error
+    direct.refuse(states)
     return _compare(found, states, plan, rank)
+
+
+def _own_forwards(model: nn.Module) -> dict[str, Callable[..., Any]]:
+    return {path: vars(one)["forward"] for path, one in model.named_modules() if "forward" in vars(one)}
+
+
+class _Direct:
+    """Notices code that calls ``module.forward`` itself.
+
+    What a plan does at a module, it does where the module is called, but for a forward of the module's own it
+    would be done in such a call as well.
+    """
+
+    def __init__(self) -> None:
+        self._found: dict[str, str] = {}
+
+    def watch(self, path: str, module: nn.Module) -> None:
+        """Notice direct calls of the module's forward."""
+        forward = vars(module)["forward"]
+
+        def watched(*arguments: Any, **keywords: Any) -> Any:
+            caller = sys._getframe(1)
+            if caller.f_code.co_filename != nn.Module._call_impl.__code__.co_filename:
+                self._found[path] = f"{Path(caller.f_code.co_filename).name}:{caller.f_lineno}"
+            return forward(*arguments, **keywords)
+
+        watched.__signature__ = signature(forward)  # type: ignore[attr-defined]
+        vars(module)["forward"] = watched
+
+    def refuse(self, states: States) -> None:
+        """Raise if there was one.
+
+        Raises:
+            CannotPlaceError: names the axes of the module.
+        """
+        for path, place in self._found.items():
+            raise states.selection.cannot(
+                f"the forward of {path or 'the model'} is called directly in {place}, past the module",
+                *_operations(states.selection.trace, path),
+            )
 
 
 def _without_loss(plan: Plan) -> Plan:
@@ -156,11 +207,11 @@ def _place(call: FunctionCall) -> tuple[int, str, int, int, int]:
     )
 
 
-def _numbers(call: FunctionCall) -> list[tuple[Path, float]]:
+def _numbers(call: FunctionCall) -> list[tuple[ItemPath, float]]:
     """Numbers among the arguments whose origin is not known, with their paths."""
-    found: list[tuple[Path, float]] = []
+    found: list[tuple[ItemPath, float]] = []
 
-    def collect(path: Path, item: object) -> object:
+    def collect(path: ItemPath, item: object) -> object:
         if isinstance(item, int | float) and not isinstance(item, bool | TracedInt):
             found.append((path, item))
         return item

@@ -10,16 +10,17 @@ from typing import Any, TypeAlias
 from torch import Tensor, nn
 
 from colrow.errors import PlanError
+from colrow.forwards import OwnForward, Watch
 from colrow.plan.places import Path
 
 Change: TypeAlias = Callable[[Tensor], Tensor]
 
 
 class ModuleChanges:
-    """What is to happen to the inputs and outputs of one module: two hooks at most."""
+    """What is to happen to the inputs and outputs of one module."""
 
     def __init__(self, path: str, module: nn.Module) -> None:
-        self._path, self._module = path, module
+        self.path, self.module = path, module
         self._inputs: list[tuple[int | None, str | None, Path, Change]] = []
         self._outputs: list[tuple[Path, Change]] = []
 
@@ -35,28 +36,37 @@ class ModuleChanges:
     def _argument(self, first: int | str) -> tuple[int | None, str | None]:
         """Position and name of an argument, as far as it has them: callers may use either."""
         kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        parameters = inspect.signature(self._module.forward).parameters.values()
+        parameters = inspect.signature(self.module.forward).parameters.values()
         names = [parameter.name for parameter in parameters if parameter.kind in kinds]
         if isinstance(first, int):
             return first, names[first] if first < len(names) else None
         return (names.index(first) if first in names else None), first
 
     def attach(self) -> None:
-        """Hook the module."""
-        if self._inputs:
-            self._module.register_forward_pre_hook(self._before, with_kwargs=True)
-        if self._outputs:
-            self._module.register_forward_hook(self._after)
+        """Give the module a forward of its own."""
+        _Forward(self.module, self.path, tuple(self._inputs), tuple(self._outputs)).attach()
 
-    def _before(
-        self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+
+class _Forward(OwnForward):
+    """A module's forward with its inputs and outputs changed."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        path: str,
+        inputs: tuple[tuple[int | None, str | None, Path, Change], ...],
+        outputs: tuple[tuple[Path, Change], ...],
+    ) -> None:
+        super().__init__(module)
+        self._path, self._inputs, self._outputs = path, inputs, outputs
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
         for position, name, rest, change in self._inputs:
             if name is not None and name in keywords:
                 item = keywords[name]
-                new = change(item) if not rest and isinstance(item, Tensor) else changed(item, rest, change)
-                if new is not item:
-                    keywords = {**keywords, name: new}
+                keywords[name] = (
+                    change(item) if not rest and isinstance(item, Tensor) else changed(item, rest, change)
+                )
             elif position is not None and position < len(arguments):
                 item = arguments[position]
                 new = change(item) if not rest and isinstance(item, Tensor) else changed(item, rest, change)
@@ -65,7 +75,12 @@ class ModuleChanges:
             elif name is None:
                 # an argument with a name may be left out; one of *arguments may have come by name
                 raise self._missing(position)
-        return arguments, keywords
+        output = self._inner(arguments, keywords)
+        for path, change in self._outputs:
+            output = (
+                change(output) if not path and isinstance(output, Tensor) else changed(output, path, change)
+            )
+        return output
 
     def _missing(self, which: int | None) -> ValueError:
         return ValueError(
@@ -73,10 +88,8 @@ class ModuleChanges:
             "it as in the example that the plan was made from, or make the plan from one of this form"
         )
 
-    def _after(self, module: nn.Module, arguments: Any, output: Any) -> Any:
-        for path, change in self._outputs:
-            output = changed(output, path, change)
-        return output
+    def release(self) -> None:
+        self._inputs = self._outputs = ()
 
 
 def changed(item: Any, path: Path, change: Change) -> Any:
@@ -142,6 +155,8 @@ class ModuleTable:
         return self._changes[path]
 
     def attach(self) -> None:
-        """Hook all modules."""
+        """Change all modules."""
         for changes in self._changes.values():
             changes.attach()
+        if self._changes:
+            Watch((path, changes.module) for path, changes in self._changes.items()).attach(self._model)
