@@ -77,6 +77,53 @@ class Reading(nn.Module):
         return mixed + self.mix(weights @ y) if self.mixes else mixed
 
 
+class Handing(nn.Module):
+    """A block that returns what it was given besides its result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, 20), nn.Linear(20, WIDTH)
+
+    def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        return {"mixed": x + self.down(self.up(y).relu()), "given": y}
+
+
+class Handed(nn.Module):
+    """Goes on with what a block has handed back: partly as it is, partly in another block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.norm = Handing(), Handing(), nn.LayerNorm(WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = self.first(x, self.norm(x))
+        return self.second(found["mixed"], found["given"])["mixed"] + found["given"] * 2
+
+
+class Routed(nn.Module):
+    """Experts of which the last two do nothing, in a loop over those that were chosen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(WIDTH, 6, bias=False)
+        self.up = nn.Parameter(torch.randn(4, 20, WIDTH) / 4)
+        self.down = nn.Parameter(torch.randn(4, WIDTH, 20) / 4)
+        # which a trace does not know: the first expert gets no token
+        self.correction = nn.Buffer(torch.tensor([-9.0, 0, 0, 0, 0, 0]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, chosen = (self.router(x).softmax(-1) + self.correction).topk(2)
+        result = torch.zeros_like(x)
+        for expert in torch.unique(chosen).tolist():
+            token, place = torch.where(chosen == expert)
+            mixed = x[token]
+            if expert < len(self.up):
+                mixed = nn.functional.linear(mixed, self.up[expert]).relu()
+                mixed = nn.functional.linear(mixed, self.down[expert])
+            result.index_add_(0, token, mixed * weights[token, place, None])
+        return result
+
+
 def _pair() -> dict[str, Tensor]:
     return {"x": torch.randn(2, 5, WIDTH), "y": torch.randn(2, 7, WIDTH)}
 
@@ -84,6 +131,8 @@ def _pair() -> dict[str, Tensor]:
 MODELS: dict[str, Callable[[], tuple[nn.Module, dict[str, Tensor]]]] = {
     "adapters": lambda: (Adapted(), {"ids": torch.randint(WIDTH, (2, 5))}),
     "unheard": lambda: (Unheard(), {"x": torch.randn(2, 5, WIDTH)}),
+    "handed-back": lambda: (Handed(), {"x": torch.randn(2, 5, WIDTH)}),
+    "idle-experts": lambda: (Routed(), {"x": torch.randn(9, WIDTH)}),
     "returned": lambda: (Reading(mixes=False), _pair()),
     "returned-and-read": lambda: (Reading(mixes=True), _pair()),
 }

@@ -240,6 +240,21 @@ def test_gradients_follow_no_grad_detach_and_custom_functions() -> None:
     assert named(record, "0").differentiable
 
 
+def test_what_is_written_into_a_constant_carries_its_gradient() -> None:
+    def function(self: Function, x: Tensor) -> Tensor:
+        y = x @ self.weight
+        best, places = y.topk(2)
+        scattered = torch.full_like(y, -1.0).scatter_(1, places, best)
+        added, sliced = torch.zeros_like(y), torch.zeros_like(y)
+        added.add_(y)
+        sliced[:, :2] = y[:, :2]
+        return scattered + added + sliced + torch.zeros_like(y)
+
+    record = trace(Function(function), (torch.randn(3, 4),))
+    made = [one for one in record.operations if one.name in ("aten.full_like", "aten.zeros_like")]
+    assert [one.outputs[0].differentiable for one in made] == [True, True, True, False]
+
+
 def test_nothing_is_left_behind() -> None:
     class Failing(Nano):
         def forward(self, ids: Tensor, labels: Tensor | None = None, fail: bool = False) -> Any:

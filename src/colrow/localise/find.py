@@ -191,7 +191,7 @@ class _Search:
         for call in calls:
             paths = {path for numbers in self._solutions.of.get(call.index, ()) for path in numbers}
             for path in paths:
-                where = Where(call.module, call, path, False)
+                where = Where(call.module, path, False, call)
                 acting[(where.key, self._numbers(call, path))].append((where, call))
         found: list[LocalInteger] = []
         for group in acting.values():

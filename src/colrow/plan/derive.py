@@ -27,7 +27,7 @@ from colrow.plan.naming import names_of
 from colrow.plan.notes import notes_of
 from colrow.plan.plan import Axis, Plan, Sharding
 from colrow.plan.predict import predict
-from colrow.plan.selection import CannotPlaceError, Chosen, Selection
+from colrow.plan.selection import CannotPlaceError, Chosen, Selection, UnreachableError
 from colrow.plan.states import States
 from colrow.plan.tied import holders_of
 from colrow.trace import Example, Trace, TraceError, trace_together
@@ -169,10 +169,23 @@ class _Derivation:
         states = States(selection, borders.values)
         linearity = Linearity(states)
         reductions = find_reductions(states, linearity)
-        summations = find_summations(states, reductions)
-        actions = lower(self._model, states, borders, reductions, summations)
+        summations, actions = self._sums(states, borders, reductions)
         localisation = localise(self._model, states, reductions)
         return _Placed(selection, borders, reductions, summations, states, actions, localisation)
+
+    def _sums(
+        self, states: States, borders: Borders, reductions: Reductions
+    ) -> tuple[list[Summation], Actions]:
+        """Where gradients are summed: at other values, if something cannot be done at the best ones."""
+        hidden: frozenset[int] = frozenset()
+        while True:
+            summations = find_summations(states, reductions, hidden)
+            try:
+                return summations, lower(self._model, states, borders, reductions, summations)
+            except UnreachableError as error:
+                if error.values <= hidden:
+                    raise
+                hidden |= error.values
 
     def _plan(self, placed: _Placed) -> Plan:
         selection, actions = placed.selection, placed.actions

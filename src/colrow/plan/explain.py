@@ -218,7 +218,7 @@ def _collectives(plan: Plan) -> list[str]:
                 one.label,
                 shape(one.shape),
                 size(one.bytes),
-                str(one.count),
+                f"about {one.count}" if one.varies else str(one.count),
                 size(total),
             )
         )

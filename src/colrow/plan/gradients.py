@@ -10,6 +10,7 @@ summed before it meets a gradient that is whole already, and a parameter on its 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -89,18 +90,21 @@ class _Forced:
     refuse: set[int] = field(default_factory=set)
 
 
-def find_summations(states: States, reductions: Reductions) -> list[Summation]:
+def find_summations(states: States, reductions: Reductions, hidden: Collection[int] = ()) -> list[Summation]:
     """The values at which gradients are summed, in the order of the trace.
+
+    Args:
+        hidden: values at which nothing can be done.
 
     Raises:
         CannotPlaceError: if a gradient would have to be a partial sum and whole at once.
     """
-    return _Search(states, reductions).run()
+    return _Search(states, reductions, hidden).run()
 
 
 class _Search:
-    def __init__(self, states: States, reductions: Reductions) -> None:
-        self._states, self._reductions = states, reductions
+    def __init__(self, states: States, reductions: Reductions, hidden: Collection[int]) -> None:
+        self._states, self._reductions, self._hidden = states, reductions, hidden
         self._selection = states.selection
         self._volumes = Volumes(self._selection.axes)
         self._nodes: dict[int, _Node] = {}
@@ -137,6 +141,8 @@ class _Search:
         for module in trace.modules:
             for _, value in module.inputs + module.outputs:
                 self._visible[value.index] = 1.0
+        for index in self._hidden:
+            self._visible.pop(index, None)
 
     def _make_nodes(self) -> None:
         trace = self._selection.trace

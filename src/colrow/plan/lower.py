@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -11,7 +13,7 @@ from colrow.modules import embedding_fault, is_linear
 from colrow.plan.borders import Borders
 from colrow.plan.exits import Reductions, paths_of
 from colrow.plan.gradients import Summation
-from colrow.plan.places import CallResult, ModuleOutput
+from colrow.plan.places import CallResult, ModuleOutput, Place
 from colrow.plan.plan import (
     Entry,
     Exit,
@@ -21,6 +23,7 @@ from colrow.plan.plan import (
     PartialParameter,
     PartSlice,
 )
+from colrow.plan.selection import CannotPlaceError, UnreachableError
 from colrow.plan.sites import Sites, Where
 from colrow.plan.states import States
 from colrow.trace.records import ModuleCall, Operation, Value
@@ -49,7 +52,8 @@ def lower(
     """The actions that do it.
 
     Raises:
-        CannotPlaceError: if something would have to happen where nothing can be done.
+        UnreachableError: if gradients would have to be summed where nothing can be done.
+        CannotPlaceError: if something else would have to happen there.
     """
     return _Lowering(model, states, borders, reductions, summations).run()
 
@@ -107,17 +111,17 @@ class _Lowering:
             own = self._model.get_submodule(module.path)
             paths = [path for path, value in module.outputs if value is result]
             if paths and embedding_fault(own) is None:
-                return Where(module, None, paths[0], True)
+                return Where(module, paths[0], True)
         call = operation.call
         paths = [] if call is None else [path for path, value in paths_of(call.outputs) if value is result]
         if call is None or not paths or call.name != "embedding":
             raise self._selection.cannot("a lookup that is no call of embedding", operation)
-        return Where(call.module, call, paths[0], True)
+        return Where(call.module, paths[0], True, call)
 
     def _exits(self) -> None:
         found: dict[tuple[object, ...], list[Where]] = defaultdict(list)
         for one in self._reductions.all:
-            where = Where(one.module, one.call, one.path, True)
+            where = Where(one.module, one.path, True, one.call)
             found[where.key].append(where)
         for group in found.values():
             for place in self._sites.places(group):
@@ -156,18 +160,37 @@ class _Lowering:
     # ---------------------------------------------------------------- backward
 
     def _entries(self) -> None:
+        """Each at the result that it concerns, or else where that is read."""
+        impossible: set[tuple[object, ...]] = set()
+        while True:
+            try:
+                return self._entries_without(impossible)
+            except UnreachableError as error:
+                if error.key is None or error.key in impossible:
+                    raise
+                impossible.add(error.key)
+
+    def _entries_without(self, impossible: Collection[tuple[object, ...]]) -> None:
         found: dict[tuple[object, ...], list[Where]] = defaultdict(list)
+        values: dict[tuple[object, ...], set[int]] = defaultdict(set)
         together: list[set[tuple[object, ...]]] = []
         for one in self._summations:
             if one.value.source.kind == "parameter":
                 continue
-            acting = self._sites.readers(one.value, one.operations, one.everywhere)
+            with _reaching({one.value.index}):
+                acting = self._sites.readers(one.value, one.operations, one.everywhere, impossible)
             for where in acting:
                 found[where.key].append(where)
+                values[where.key].add(one.value.index)
             together.append({where.key for where in acting})
+        entries: list[Entry] = []
         for keys in _merged(together):
-            places = [place for key in found if key in keys for place in self._sites.places(found[key])]
-            self._actions.entries.append(Entry(tuple(places)))
+            places: list[Place] = []
+            for key in (key for key in found if key in keys):
+                with _reaching(values[key], key if found[key][0].is_result else None):
+                    places += self._sites.places(found[key])
+            entries.append(Entry(tuple(places)))
+        self._actions.entries += entries
 
     def _partial_parameters(self) -> None:
         found: dict[PartialParameter, list[Summation]] = defaultdict(list)
@@ -241,6 +264,15 @@ class _Lowering:
                 whole = [one for one, found in kinds.items() if False in found and _is_inside(one, path)]
                 draws = any(one == path or _is_inside(one, path) for one in always)
                 self._actions.randomness.append(OwnRandomness(path, tuple(whole), draws))
+
+
+@contextmanager
+def _reaching(values: Iterable[int], key: tuple[object, ...] | None = None) -> Iterator[None]:
+    """A context in which it is known for which values no place was found, and which result is none."""
+    try:
+        yield
+    except CannotPlaceError as error:
+        raise UnreachableError(error, values, key) from error
 
 
 def _is_inside(path: str, other: str) -> bool:

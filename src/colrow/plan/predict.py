@@ -38,7 +38,7 @@ def predict(
     return _Predictor(selection, states, borders, reductions, summations, parameters, frozen).run()
 
 
-_Kind = tuple[str, Direction, str, str, tuple[int, ...], int, tuple[int, ...]]
+_Kind = tuple[str, Direction, str, str, tuple[int, ...], int, tuple[int, ...], bool]
 
 
 class _Predictor:
@@ -59,11 +59,15 @@ class _Predictor:
 
     def run(self) -> Prediction:
         for one in self._reductions.all:
-            self._add(one.value, "forward", "all-reduce", f"exit {one.module.path}", one.module.first)
+            holder = one.module if one.call is not None else one.module.parent
+            varies = self._on_guesses(holder)
+            self._add(one.value, "forward", "all-reduce", f"exit {one.module.path}", one.module.first, varies)
         for operation in self._selection.trace.operations:
             if self._selection.looks_up(operation) and self._states.is_local(operation.inputs[0]):
                 path = operation.module.path if operation.module is not None else ""
-                self._add(operation.outputs[0], "forward", "all-reduce", f"lookup {path}", operation.index)
+                varies = self._on_guesses(operation.module)
+                label = f"lookup {path}"
+                self._add(operation.outputs[0], "forward", "all-reduce", label, operation.index, varies)
         for value, module in self._borders.gathered:
             self._add(value, "forward", "all-gather", f"gather {module.path}", module.first)
         for value, module in self._borders.unread:
@@ -76,8 +80,9 @@ class _Predictor:
             operation = summation.operations[0]
             path = operation.module.path if operation.module is not None else ""
             path = summation.value.source.name or path
+            varies = self._made_on_guesses(summation.value)
             for mode in self._modes(summation):
-                self._count(mode, summation.value, "backward", "all-reduce", f"enter {path}")
+                self._count(mode, summation.value, "backward", "all-reduce", f"enter {path}", varies)
         return Prediction(self._collectives(), *self._sizes())
 
     def _loss(self, logits: Value, module: ModuleCall) -> None:
@@ -98,8 +103,9 @@ class _Predictor:
                 inside = [one for one in operations if root.first <= one.index < root.last]
                 if self._flow.reaches(value) and any(map(self._flow.through, inside)):
                     whole = [use for use in value.uses if use not in operations]
+                    varies = self._made_on_guesses(value)
                     for _ in sites.readers(value, inside, not whole):
-                        self._count(mode, value, "backward", "all-reduce", "part")
+                        self._count(mode, value, "backward", "all-reduce", "part", varies)
 
     def _shared_gradients(self) -> None:
         """Of parameters of which several ranks hold the same part, in every run that reads them."""
@@ -120,10 +126,11 @@ class _Predictor:
                         for use in value.uses
                         if root.first <= use.index < root.last and self._flow.through(use)
                     ]
+                    label, size = f"parameter {value.source.name}", tuple(shape)
+                    varies = self._made_on_guesses(value)
                     for _ in {use.module.index for use in inside if use.module is not None}:
-                        label = f"parameter {value.source.name}"
                         self._count_one(
-                            mode, "backward", "all-reduce", label, tuple(shape), value.dtype, members
+                            mode, "backward", "all-reduce", label, size, value.dtype, members, varies
                         )
 
     def _modes(self, summation: Summation) -> list[str]:
@@ -139,13 +146,28 @@ class _Predictor:
             modes += [mode] * (len(readers) if is_parameter else bool(inside))
         return modes
 
-    def _add(self, value: Value, direction: Direction, kind: str, label: str, at: int) -> None:
+    def _on_guesses(self, module: ModuleCall | None) -> bool:
+        """Whether what the module's code does depends on data that was guessed."""
+        while module is not None and module.path not in self._selection.trace.guessed:
+            module = module.parent
+        return module is not None
+
+    def _made_on_guesses(self, value: Value) -> bool:
+        if value.source.kind == "parameter":
+            return any(self._on_guesses(use.module) for use in value.uses)
+        return value.producer is not None and self._on_guesses(value.producer.module)
+
+    def _add(
+        self, value: Value, direction: Direction, kind: str, label: str, at: int, varies: bool = False
+    ) -> None:
         for mode, root in self._selection.trace.runs:
             if root.first <= at < root.last:
-                self._count(mode, value, direction, kind, label)
+                self._count(mode, value, direction, kind, label, varies)
 
-    def _count(self, mode: str, value: Value, direction: Direction, kind: str, label: str) -> None:
-        self._count_one(mode, direction, kind, label, value.shape, value.dtype, ())
+    def _count(
+        self, mode: str, value: Value, direction: Direction, kind: str, label: str, varies: bool = False
+    ) -> None:
+        self._count_one(mode, direction, kind, label, value.shape, value.dtype, (), varies)
 
     def _count_one(
         self,
@@ -156,14 +178,15 @@ class _Predictor:
         shape: tuple[int, ...],
         dtype: torch.dtype,
         members: tuple[int, ...],
+        varies: bool = False,
     ) -> None:
         label = re.sub(r"(?<![^. ])[0-9]+(?![^.])", "*", label)
-        self._found[mode, direction, kind, label, shape, prod(shape) * dtype.itemsize, members] += 1
+        self._found[mode, direction, kind, label, shape, prod(shape) * dtype.itemsize, members, varies] += 1
 
     def _collectives(self) -> tuple[PredictedCollective, ...]:
         return tuple(
-            PredictedCollective(mode, direction, kind, label, shape, size, count, members)
-            for (mode, direction, kind, label, shape, size, members), count in self._found.items()
+            PredictedCollective(mode, direction, kind, label, shape, size, count, members, varies)
+            for (mode, direction, kind, label, shape, size, members, varies), count in self._found.items()
         )
 
     def _sizes(self) -> tuple[tuple[int, tuple[int, ...]], tuple[int, tuple[int, ...]]]:

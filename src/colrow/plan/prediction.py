@@ -21,6 +21,8 @@ class PredictedCollective:
         bytes: of one such tensor.
         count: how often.
         members: the ranks that take part; empty: all.
+        varies: whether it depends on data how often it happens, as within a loop over the experts that
+            tokens are routed to; ``count`` is a guess then.
     """
 
     mode: str
@@ -31,6 +33,7 @@ class PredictedCollective:
     bytes: int
     count: int
     members: tuple[int, ...] = ()
+    varies: bool = False
 
 
 @dataclass(frozen=True)

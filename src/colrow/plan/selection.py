@@ -28,6 +28,21 @@ class CannotPlaceError(Exception):
         self.reason = reason
 
 
+class UnreachableError(CannotPlaceError):
+    """Something would have to be done to values where nothing can be done to them.
+
+    Attributes:
+        values: their indices in the trace.
+        key: of the result at which it was tried, if it was at one.
+    """
+
+    def __init__(
+        self, cause: CannotPlaceError, values: Iterable[int], key: tuple[object, ...] | None = None
+    ) -> None:
+        super().__init__(cause.candidates, cause.reason)
+        self.values, self.key = frozenset(values), key
+
+
 @dataclass(frozen=True, eq=False)
 class Chosen:
     """A candidate that is cut.

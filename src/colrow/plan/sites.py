@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from colrow.plan.exits import paths_of
@@ -23,9 +23,9 @@ class Where:
     """One passing of a place: an argument or result of one call of a module, or of a function within it."""
 
     module: ModuleCall
-    call: FunctionCall | None
     path: Path
     is_result: bool
+    call: FunctionCall | None = None
 
     @property
     def key(self) -> tuple[object, ...]:
@@ -71,13 +71,20 @@ class Sites:
 
     # ---------------------------------------------------------------- edges
 
-    def readers(self, value: Value, operations: Iterable[Operation], everywhere: bool) -> list[Where]:
+    def readers(
+        self,
+        value: Value,
+        operations: Iterable[Operation],
+        everywhere: bool,
+        impossible: Collection[tuple[object, ...]] = (),
+    ) -> list[Where]:
         """Places where ``value`` can be changed for ``operations`` only.
 
         One module's output or input where that is enough, else arguments of calls.
 
         Args:
             everywhere: whether these are all operations that read the value.
+            impossible: keys of results where nothing can be done: then it is done where they are read.
 
         Raises:
             CannotPlaceError: if an operation reads it where it cannot be got hold of.
@@ -87,10 +94,10 @@ class Sites:
         mine = set(left)
         for module, _ in sorted(self.inputs(value), key=lambda one: one[0].first - one[0].last):
             inside = {use.index for use in value.uses if module.first <= use.index < module.last}
+            if any(one is value for _, one in module.outputs):
+                continue  # what is put in its place would come out again, where it is not meant to be
             if inside & set(left) and inside <= mine:
-                places += [
-                    Where(module, None, path, False) for call, path in self.inputs(value) if call is module
-                ]
+                places += [Where(module, path, False) for call, path in self.inputs(value) if call is module]
                 left = {index: one for index, one in left.items() if index not in inside}
         if everywhere and (left or len(places) > 1):
             made = [
@@ -100,21 +107,21 @@ class Sites:
                 # what is read before it is returned has got away already
                 and not any(module.first <= index < module.last for index in mine)
             ]
-            if made:
-                module, path = max(made, key=lambda one: one[0].first)
-                return [Where(module, None, path, True)]
+            options = [Where(*max(made, key=lambda one: one[0].first), is_result=True)] if made else []
             producer = value.producer
             if producer is not None and producer.call is not None and left and value not in producer.inputs:
-                for path, one in paths_of(producer.call.outputs):
-                    if one is value:
-                        return [Where(producer.call.module, producer.call, path, True)]
+                paths = [path for path, one in paths_of(producer.call.outputs) if one is value]
+                options += [Where(producer.call.module, path, True, producer.call) for path in paths[:1]]
+            options = [one for one in options if one.key not in impossible]
+            if options:
+                return options[:1]
         for operation in left.values():
             call = operation.call
             found = [] if call is None else paths_of((call.arguments, call.keywords))
             paths = [path[1:] for path, one in found if one is value]
             if not paths or call is None:
                 raise self._selection.cannot("a value cannot be got hold of where it is read", operation)
-            places += [Where(call.module, call, path, False) for path in paths]
+            places += [Where(call.module, path, False, call) for path in paths]
         return places
 
     @staticmethod
@@ -145,7 +152,8 @@ class Sites:
         if all(call.index in passes or not self._concerns(call, first) for call in alike):
             return [self._place(first)]
         occurrences = {call.occurrence for call in alike if call.index in passes}
-        if any((call.occurrence in occurrences) != (call.index in passes) for call in alike):
+        guessed = first.module.path in self._selection.trace.guessed
+        if guessed or any((call.occurrence in occurrences) != (call.index in passes) for call in alike):
             raise self._selection.cannot(
                 "passes of a call differ in what would have to be done",
                 *self._selection.trace.operations[first.call.first : first.call.last],
@@ -161,7 +169,9 @@ class Sites:
         occurrences = {call.occurrence for call in alike if call.index in passes}
         if all(call.index in passes for call in alike):
             occurrences = {-1}
-        elif any((call.occurrence in occurrences) != (call.index in passes) for call in alike):
+        elif first.module.path in self._selection.trace.guessed or any(
+            (call.occurrence in occurrences) != (call.index in passes) for call in alike
+        ):
             raise self._selection.cannot(
                 "passes of a call differ in the numbers they would need",
                 *self._selection.trace.operations[first.call.first : first.call.last],

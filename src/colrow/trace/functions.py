@@ -164,7 +164,7 @@ class FunctionMode(TorchFunctionMode):
         if value.content is None:
             if recorder.routing == "error":
                 raise recorder.data_needed(f"{name}()", value)
-            recorder.warn(f"guessed what {name}() reads from a tensor {list(value.shape)}")
+            recorder.guess(f"guessed what {name}() reads from a tensor {list(value.shape)}")
         with recorder.pause():
             content = recorder.imagination.content_of(value)
             return getattr(content.clone(), name)(*arguments[1:], **keywords)

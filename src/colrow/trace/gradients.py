@@ -48,8 +48,7 @@ class Gradients:
     def finish(self, operations: list[Operation]) -> None:
         """Write the answer to the values."""
         for value in self._table.values:
-            tensor = self._table.tensor_of(value)
-            value.differentiable = tensor is not None and tensor.requires_grad
+            value.differentiable = self._table.carries_gradient(value)
         for operation in reversed(operations):
             if any(value.differentiable and value.index in self._unrecorded for value in operation.outputs):
                 for source in operation.inputs:

@@ -19,6 +19,8 @@ from colrow.trace.tree import map_leaves, tensors_of
 
 _DEPTH = 200
 """Operators between made-up scores and what the program reads."""
+_FEW = 16
+"""Columns up to which each is some row's first choice."""
 _FRONTIERS = frozenset(
     f"aten.{name}"
     for name in ("mm", "addmm", "bmm", "baddbmm", "mv", "convolution", "_grouped_mm", "native_dropout")
@@ -89,11 +91,21 @@ class Imagination:
 
 
 def _scores(value: Value) -> Tensor:
-    """Scores in which row i prefers the columns from ``i * step`` on; zeros for what are no scores."""
+    """Scores in which row i prefers columns of its own; of weights ones, which tell no column from another.
+
+    With few columns the rows begin one after the other. With many they begin at the first or at the last one
+    in turn: a loop over a hundred experts is seen at both ends, where those that differ are, and no longer
+    than needed.
+    """
     if not value.shape or not value.dtype.is_floating_point:
         return torch.zeros(value.shape, dtype=value.dtype)
+    if value.producer is None and value.source.kind in ("parameter", "buffer"):
+        return torch.ones(value.shape, dtype=value.dtype)
     columns = value.shape[-1]
     rows = math.prod(value.shape[:-1])
-    starts = torch.arange(rows)[:, None] * max(1, columns // max(1, rows))
-    ranks = (torch.arange(columns)[None] - starts) % max(1, columns)
+    row, column = torch.arange(rows)[:, None], torch.arange(columns)[None]
+    if columns > _FEW:
+        ranks = torch.where(row % 2 == 0, column, columns - 1 - column)
+    else:
+        ranks = (column - row * max(1, columns // max(1, rows))) % max(1, columns)
     return (0.5 - ranks / max(1, columns)).to(value.dtype).view(value.shape)

@@ -124,7 +124,7 @@ class OperatorMode(TorchDispatchMode):
             return value.content.nonzero()
         if self.recorder.routing == "error":
             raise self.recorder.data_needed("indexing with a mask", value)
-        self.recorder.warn(f"guessed which elements of a mask {list(value.shape)} are true")
+        self.recorder.guess(f"guessed which elements of a mask {list(value.shape)} are true")
         return content.some_positions(self.recorder.imagination.content_of(value).nonzero(), value.shape)
 
     def _guess(
@@ -150,7 +150,7 @@ class OperatorMode(TorchDispatchMode):
             raise recorder.data_needed(use.get(name, f"the operator {name}"), unknown)
         if function is aten.nonzero.default:
             guess = content.some_positions(guess, inputs[0].shape)
-        recorder.warn(f"guessed the result of {name} on a tensor {list(inputs[0].shape)}")
+        recorder.guess(f"guessed the result of {name} on a tensor {list(inputs[0].shape)}")
         result = content.to_meta(guess)
         if tensors_of(result):
             self._record(function, arguments, keywords, inputs, written, result, None)

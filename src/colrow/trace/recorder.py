@@ -73,6 +73,11 @@ class Recorder:
         """Path of the module that runs now; empty for the model itself."""
         return self.module.path if self.module is not None else ""
 
+    def guess(self, text: str) -> None:
+        """Note that the module that runs now goes on with something guessed."""
+        self.trace.guessed.add(self.module_path)
+        self.warn(text)
+
     def value_of(self, tensor: Tensor) -> Value:
         """The value of a tensor; one that was made outside of the trace becomes a constant."""
         value = self.table.find(tensor)

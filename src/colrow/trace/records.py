@@ -221,6 +221,7 @@ class Trace:
         outputs: the tensors of the result by their path in it; of all results if there were several runs.
         runs: the mode of each run and its call of the model.
         warnings: what had to be guessed, for people.
+        guessed: paths of modules that were run on guesses: another time their code takes another course.
         escapes: integers that were used as numbers.
     """
 
@@ -232,6 +233,7 @@ class Trace:
     outputs: list[tuple[tuple[int | str, ...], Value]] = field(default_factory=list)
     runs: list[tuple[str, ModuleCall]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    guessed: set[str] = field(default_factory=set)
     escapes: list[Escape] = field(default_factory=list)
 
     def __str__(self) -> str:

@@ -25,6 +25,7 @@ class ValueTable:
         self._by_tensor: dict[int, Value] = {}
         self._tensors: dict[int, Tensor] = {}
         self._twins: dict[int, Tensor] = {}
+        self._others: dict[int, list[Tensor]] = defaultdict(list)
         # ids are only unique among tensors that live
         self._alive: list[Tensor] = []
         self._storages: dict[int, int] = {}
@@ -92,7 +93,12 @@ class ValueTable:
     def alias(self, value: Value, tensor: Tensor) -> None:
         """Let another tensor stand for a value too: same memory, same shape."""
         self._by_tensor[id(tensor)] = value
-        self._alive.append(tensor)
+        self._others[value.index].append(tensor)
+
+    def carries_gradient(self, value: Value) -> bool:
+        """Whether a tensor that stands for the value does, as when it was written into."""
+        tensors = [self._tensors.get(value.index), *self._others.get(value.index, ())]
+        return any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
     def aliases(self, value: Value) -> list[Value]:
         """The values that share memory with one, itself included."""

@@ -1,0 +1,112 @@
+"""The plain collectives in shared memory: what is read, what is written, and how the result comes of it.
+
+Each function gives a blocking call, and a function that makes the result of what that has written. Inputs are
+read where they are and results written to memory allocated here, so nothing is copied that need not be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from colrow.transport import SharedGroup
+from colrow.transport.c10d import plain
+
+Plan: TypeAlias = tuple[Callable[[], None], Callable[[], Tensor]]
+
+
+class Blocking:
+    """A collective that runs while it is waited for."""
+
+    def __init__(self, run: Callable[[], None]) -> None:
+        self._run = run
+
+    def wait(self) -> None:
+        """Run it."""
+        self._run()
+
+
+def all_reduce(memory: SharedGroup, tensor: Tensor, reduction: str, owned: bool) -> Plan:
+    """See :meth:`Communicator.start_all_reduce`."""
+    source = plain(tensor)
+    result = source if owned or source is not tensor else torch.empty_like(source)
+    return lambda: memory.all_reduce(source, result, reduction), lambda: result
+
+
+def all_gather(memory: SharedGroup, shard: Tensor, dimension: int, sizes: Sequence[int]) -> Plan:
+    """See :meth:`Communicator.start_all_gather`."""
+    source = plain(shard)
+    shapes = [[*shard.shape[:dimension], size, *shard.shape[dimension + 1 :]] for size in sizes]
+    counts = tuple(torch.Size(shape).numel() for shape in shapes)
+    is_equal = len(set(counts)) == 1
+    result = source.new_empty(sum(counts))
+
+    def finish() -> Tensor:
+        if dimension == 0:
+            return result.view(sum(sizes), *shard.shape[1:])
+        parts = [part.view(shape) for part, shape in zip(result.split(counts), shapes, strict=True)]
+        return torch.cat(parts, dimension)
+
+    return lambda: memory.all_gather(source, result, None if is_equal else counts), finish
+
+
+def reduce_scatter(memory: SharedGroup, tensor: Tensor, dimension: int, sizes: Sequence[int]) -> Plan:
+    """See :meth:`Communicator.start_reduce_scatter`."""
+    if dimension == 0:
+        source = plain(tensor)
+    else:
+        source = torch.cat([piece.reshape(-1) for piece in tensor.split(list(sizes), dimension)])
+    shape = list(tensor.shape)
+    shape[dimension] = sizes[memory.rank]
+    result = source.new_empty(shape)
+    rest = tensor.numel() // sum(sizes) if sum(sizes) else 0
+    counts = None if len(set(sizes)) == 1 else tuple(size * rest for size in sizes)
+    return lambda: memory.reduce_scatter(source, result, counts), lambda: result
+
+
+def all_to_all(
+    memory: SharedGroup, pieces: Sequence[Tensor], shapes: Sequence[Sequence[int]], concat_dimension: int
+) -> Plan:
+    """See :meth:`Communicator.start_all_to_all`.
+
+    Args:
+        memory: the ranks.
+        pieces: what goes to each rank.
+        shapes: of what comes from each rank.
+        concat_dimension: dimension along which that is joined.
+    """
+    source = torch.cat([piece.reshape(-1) for piece in pieces])
+    given = [piece.numel() for piece in pieces]
+    taken = [torch.Size(shape).numel() for shape in shapes]
+    received = source.new_empty(sum(taken))
+
+    def finish() -> Tensor:
+        parts = [part.view(tuple(shape)) for part, shape in zip(received.split(taken), shapes, strict=True)]
+        return torch.cat(parts, concat_dimension)
+
+    return lambda: memory.all_to_all(source, received, given, taken), finish
+
+
+def broadcast(memory: SharedGroup, tensor: Tensor, source: int, owned: bool) -> Plan:
+    """See :meth:`Communicator.start_broadcast`."""
+    if owned and tensor.is_contiguous():
+        buffer = tensor
+    elif memory.rank == source:
+        buffer = tensor.clone(memory_format=torch.contiguous_format)
+    else:
+        buffer = torch.empty_like(tensor, memory_format=torch.contiguous_format)
+    buffer = plain(buffer)
+    return lambda: memory.broadcast(buffer, source), lambda: buffer
+
+
+def reduce(memory: SharedGroup, tensor: Tensor, destination: int) -> Plan:
+    """See :meth:`Communicator.start_reduce`."""
+    source = plain(tensor)
+    result = torch.empty_like(source) if memory.rank == destination else source.new_empty(0)
+    return (
+        lambda: memory.reduce(source, result, destination),
+        lambda: result if memory.rank == destination else source,
+    )

@@ -1,0 +1,477 @@
+"""Shared memory as a backend of ``torch.distributed``.
+
+``dist.init_process_group("shm")`` after ``import colrow`` makes a process group for CPU tensors whose
+collectives go through shared memory wherever all ranks of the group can share it, and through gloo otherwise.
+What only gloo has (sending and receiving, sparse tensors, gathering to one rank) goes to gloo always.
+:func:`colrow.init_mesh` joins with it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import AllgatherOptions, Store
+from torch.distributed import ProcessGroup, ProcessGroupGloo
+from torch.futures import Future
+
+from colrow.errors import RankFailure
+from colrow.transport.errors import TransportError
+from colrow.transport.group import SharedGroup
+from colrow.transport.rendezvous import join
+
+BACKEND = "shm"
+LABEL = "torch.distributed"
+_HALF = (torch.bfloat16, torch.float16)
+_REDUCTIONS: dict[Any, str] = {
+    dist.ReduceOp.SUM: "sum",
+    dist.ReduceOp.PRODUCT: "product",
+    dist.ReduceOp.MIN: "min",
+    dist.ReduceOp.MAX: "max",
+    dist.ReduceOp.AVG: "avg",
+    dist.ReduceOp.BAND: "band",
+    dist.ReduceOp.BOR: "bor",
+    dist.ReduceOp.BXOR: "bxor",
+}
+
+
+# groups that others made, of gloo alone, whose ranks share memory for colrow's own collectives
+_beside_gloo: WeakKeyDictionary[ProcessGroup, SharedGroup] = WeakKeyDictionary()
+
+
+def share_memory(group: ProcessGroup) -> SharedGroup | None:
+    """Share memory with the other ranks of a process group for CPU tensors, if all of them can.
+
+    Collective when called for the first time. On groups of the gloo backend too, whose own collectives stay
+    as they are.
+
+    Raises:
+        ValueError: see :func:`colrow.transport.join`.
+        RuntimeError: if gloo fails.
+    """
+    if isinstance(group, SharedMemoryProcessGroup):
+        return group.shared_memory()
+    gloo = group._get_backend(torch.device("cpu"))
+    shared = join(gloo, dist.get_rank(group), dist.get_process_group_ranks(group))
+    if shared is not None:
+        _beside_gloo[group] = shared
+    return shared
+
+
+def leave_destroyed_groups() -> None:
+    """Leave the memory of gloo groups that were destroyed: nobody tells, so this is called now and then."""
+    for group, shared in list(_beside_gloo.items()):
+        if group not in dist.distributed_c10d._world.pg_map:
+            shared.close()
+
+
+def register() -> None:
+    """Make the backend known to ``torch.distributed``; once per process, further calls do nothing."""
+    if BACKEND.upper() not in dist.Backend._plugins:
+        dist.Backend.register_backend(BACKEND, _create, extended_api=True, devices=["cpu"])
+
+
+def _create(options: Any, backend_options: object) -> SharedMemoryProcessGroup:
+    return SharedMemoryProcessGroup(
+        options.store,
+        options.group_rank,
+        options.group_size,
+        options.timeout,
+        options.group_id,
+        tuple(options.global_ranks_in_group) or tuple(range(options.group_size)),
+    )
+
+
+class _Completed(dist.Work):
+    """A collective that is done when its call returns."""
+
+    def __init__(self, result: list[Tensor]) -> None:
+        super().__init__()
+        self._tensors = result
+
+    def wait(self, timeout: timedelta | None = None) -> bool:
+        return True
+
+    def is_completed(self) -> bool:
+        return True
+
+    def is_success(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        return None
+
+    def exception(self) -> None:
+        return None
+
+    def result(self) -> list[Tensor]:
+        return self._tensors
+
+    def get_future(self) -> Future:
+        future: Future = Future()
+        future.set_result(self._tensors)
+        return future
+
+
+class _Waiting:
+    """A collective under way, with what the other ranks ask about it when one of them fails."""
+
+    def __init__(self, operation: str, ranks: Sequence[int]) -> None:
+        from colrow.collectives.statistics import Call, current_phase
+
+        self._call = Call(operation, LABEL, current_phase(), 0)
+        self._ranks = ranks
+
+    def wait(self, function: Callable[[], None], error_type: type[Exception] = TransportError) -> None:
+        """Run a blocking collective, which raises errors of a type if another rank is at fault.
+
+        Raises:
+            RankFailure: if another rank died, raised or did not come within the group's timeout.
+        """
+        begin = time.perf_counter()  # read from this frame by current_position
+        try:
+            function()
+        except error_type as error:
+            raise self._diagnose(error) from error
+        self.seconds = time.perf_counter() - begin
+
+    def _diagnose(self, error: Exception) -> RankFailure:
+        """The failure, with the user's line: labels are colrow's own collectives'."""
+        from colrow.collectives.failure import diagnose
+        from colrow.collectives.position import describe_collective, own_place
+
+        failure = diagnose(error, self._call, self._ranks)
+        where = describe_collective(self._call.operation, self._call.label)
+        message = own_place() + str(failure).removeprefix(where)
+        return RankFailure(message, failure.ranks, failure.label)
+
+
+class SharedMemoryProcessGroup(ProcessGroup):
+    """A process group for CPU tensors, with a gloo group inside.
+
+    Results are there when a call returns, with ``async_op`` too.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        rank: int,
+        size: int,
+        timeout: timedelta,
+        name: str,
+        global_ranks: tuple[int, ...],
+    ) -> None:
+        super().__init__(rank, size)  # type: ignore[call-arg]
+        gloo = ProcessGroupGloo(store, rank, size, timeout=timeout)
+        gloo._set_sequence_number_for_group()
+        self._register_backend(torch.device("cpu"), ProcessGroup.BackendType.GLOO, gloo)
+        self._set_default_backend(ProcessGroup.BackendType.GLOO)
+        self._gloo: Any = gloo  # torch's hints do not know its methods
+        self._own_rank, self._own_size = rank, size
+        self._own_name = name
+        self._global_ranks = global_ranks
+        self._shared: SharedGroup | None = None
+        self._has_joined = size == 1
+
+    def getBackendName(self) -> str:
+        return BACKEND
+
+    def getGroupName(self) -> str:
+        return self._own_name
+
+    @property
+    def group_name(self) -> str:  # type: ignore[override]
+        return self._own_name
+
+    def rank(self) -> int:
+        return self._own_rank
+
+    def size(self) -> int:
+        return self._own_size
+
+    def shared_memory(self, operation: str = "") -> SharedGroup | None:
+        """The group in shared memory, or ``None`` if gloo serves. Collective when called for the first time.
+
+        With an ``operation``, a failure is told as that of the group's first collective.
+
+        Raises:
+            ValueError: see :func:`colrow.transport.join`.
+            RuntimeError: if gloo fails.
+        """
+        if not self._has_joined:
+            if operation:
+                _Waiting(operation, self._global_ranks).wait(self._join, RuntimeError)
+            else:
+                self._join()
+        return self._shared
+
+    def _join(self) -> None:
+        self._shared = join(self._gloo, self._own_rank, self._global_ranks)
+        self._has_joined = True
+
+    def shutdown(self) -> None:
+        self._leave()
+        super().shutdown()
+
+    def abort(self) -> None:
+        self._leave()
+        super().abort()
+
+    def _leave(self) -> None:
+        self._has_joined = True
+        if self._shared is not None:
+            self._shared.close()
+
+    def _shares(self, operation: str, tensors: Sequence[Tensor]) -> SharedGroup | None:
+        """Shared memory, if it can take these: decided by what is the same on all ranks."""
+        if any(tensor.device.type != "cpu" or tensor.layout != torch.strided for tensor in tensors):
+            return None
+        return self.shared_memory(operation)
+
+    def _reduces(self, operation: str, tensors: Sequence[Tensor], how: Any) -> tuple[SharedGroup | None, str]:
+        shared = self._shares(operation, tensors)
+        reduction = _REDUCTIONS.get(how.op, "")
+        if shared is None or not all(shared.can_reduce(tensor.dtype, reduction) for tensor in tensors):
+            return None, reduction
+        return shared, reduction
+
+    def _run(self, operation: str, function: Callable[[], None], result: list[Tensor]) -> dist.Work:
+        _Waiting(operation, self._global_ranks).wait(function)
+        return _Completed(result)
+
+    def allreduce(self, tensors: list[Tensor], opts: Any = None) -> dist.Work:  # type: ignore[override]
+        opts = opts or dist.AllreduceOptions()
+        shared, reduction = self._reduces("all_reduce", tensors, opts.reduceOp)
+        if shared is None:
+            return self._reduce_through_gloo(tensors, opts)
+
+        def run() -> None:
+            for tensor in tensors:
+                buffer = plain(tensor)
+                shared.all_reduce(buffer, buffer, reduction)
+                _copy_back(buffer, tensor)
+
+        return self._run("all_reduce", run, tensors)
+
+    def allreduce_coalesced(self, tensors: list[Tensor], opts: Any = None) -> dist.Work:
+        return self.allreduce(tensors, opts or dist.AllreduceCoalescedOptions())
+
+    def _reduce_through_gloo(self, tensors: list[Tensor], opts: Any) -> dist.Work:
+        """Gloo adds half-precision numbers in half precision, which above two ranks rounds repeatedly."""
+        single = dist.AllreduceOptions()
+        single.reduceOp, single.timeout = opts.reduceOp, opts.timeout
+        works = []
+        for tensor in tensors:
+            if tensor.dtype in _HALF and self._own_size > 2:
+                wide = tensor.float()
+                self._gloo.allreduce([wide], single).wait()
+                tensor.copy_(wide)
+            else:
+                works.append(self._gloo.allreduce([tensor], single))
+        if len(works) == 1 and len(tensors) == 1:
+            return works[0]
+        for work in works:
+            work.wait()
+        return _Completed(tensors)
+
+    def broadcast(self, tensors: list[Tensor], opts: Any = None) -> dist.Work:  # type: ignore[override]
+        opts = opts or dist.BroadcastOptions()
+        shared = self._shares("broadcast", tensors)
+        if shared is None:
+            return self._gloo.broadcast(tensors, opts)
+
+        def run() -> None:
+            for tensor in tensors:
+                buffer = plain(tensor)
+                shared.broadcast(buffer, opts.rootRank)
+                _copy_back(buffer, tensor)
+
+        return self._run("broadcast", run, tensors)
+
+    def allgather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None) -> dist.Work:  # type: ignore[override]
+        opts = opts or AllgatherOptions()
+        shared = self._shares("all_gather", inputs)
+        if shared is None:
+            return self._gloo.allgather(outputs, inputs, opts)
+
+        def run() -> None:
+            for parts, source in zip(outputs, inputs, strict=True):
+                _check_dtypes([source, *parts])
+                counts = tuple(part.numel() for part in parts)
+                result = source.new_empty(sum(counts))
+                shared.all_gather(plain(source), result, counts)
+                for part, piece in zip(parts, result.split(counts), strict=True):
+                    part.copy_(piece.view_as(part))
+
+        return self._run("all_gather", run, [part for parts in outputs for part in parts])
+
+    def all_gather_single(self, output: Tensor, input: Tensor, opts: Any = None) -> dist.Work:
+        return self.all_gather_single_coalesced([output], [input], opts)
+
+    def all_gather_single_coalesced(
+        self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None
+    ) -> dist.Work:
+        opts = opts or AllgatherOptions()
+        shared = self._shares("all_gather", [*outputs, *inputs])
+        if shared is None:
+            works = [
+                self._gloo._allgather_base(output, source, opts)
+                for output, source in zip(outputs, inputs, strict=True)
+            ]
+            return _last(works, outputs)
+
+        def run() -> None:
+            for output, source in zip(outputs, inputs, strict=True):
+                _check_dtypes([output, source])
+                if output.numel() != source.numel() * self._own_size:
+                    raise ValueError(
+                        f"all_gather: {source.numel()} elements of each of {self._own_size} ranks do not "
+                        f"fill an output of {output.numel()}"
+                    )
+                buffer = plain(output)
+                shared.all_gather(plain(source), buffer)
+                _copy_back(buffer, output)
+
+        return self._run("all_gather", run, outputs)
+
+    def reduce_scatter(  # type: ignore[override]
+        self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Any = None
+    ) -> dist.Work:
+        opts = opts or dist.ReduceScatterOptions()
+        shared, reduction = self._reduces("reduce_scatter", outputs, opts.reduceOp)
+        if shared is None:
+            return self._gloo.reduce_scatter(outputs, inputs, opts)
+
+        def run() -> None:
+            for output, parts in zip(outputs, inputs, strict=True):
+                _check_dtypes([output, *parts])
+                source = torch.cat([part.reshape(-1) for part in parts])
+                buffer = plain(output)
+                shared.reduce_scatter(source, buffer, tuple(part.numel() for part in parts), reduction)
+                _copy_back(buffer, output)
+
+        return self._run("reduce_scatter", run, outputs)
+
+    def reduce_scatter_single(self, output: Tensor, input: Tensor, opts: Any = None) -> dist.Work:
+        return self.reduce_scatter_single_coalesced([output], [input], opts)
+
+    def reduce_scatter_single_coalesced(
+        self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None
+    ) -> dist.Work:
+        opts = opts or dist.ReduceScatterOptions()
+        shared, reduction = self._reduces("reduce_scatter", [*outputs, *inputs], opts.reduceOp)
+        if shared is None:
+            works = [
+                self._gloo._reduce_scatter_base(output, source, opts)
+                for output, source in zip(outputs, inputs, strict=True)
+            ]
+            return _last(works, outputs)
+
+        def run() -> None:
+            for output, source in zip(outputs, inputs, strict=True):
+                _check_dtypes([output, source])
+                if source.numel() != output.numel() * self._own_size:
+                    raise ValueError(
+                        f"reduce_scatter: an input of {source.numel()} elements is not {output.numel()} "
+                        f"for each of {self._own_size} ranks"
+                    )
+                buffer = plain(output)
+                shared.reduce_scatter(plain(source), buffer, None, reduction)
+                _copy_back(buffer, output)
+
+        return self._run("reduce_scatter", run, outputs)
+
+    def all_to_all_single(
+        self,
+        output: Tensor,
+        input: Tensor,
+        output_split_sizes: Sequence[int],
+        input_split_sizes: Sequence[int],
+        opts: Any = None,
+    ) -> dist.Work:
+        opts = opts or dist.AllToAllOptions()
+        shared = self._shares("all_to_all", [output, input])
+        if shared is None:
+            return self._gloo.alltoall_base(
+                output, input, list(output_split_sizes), list(input_split_sizes), opts
+            )
+
+        def run() -> None:
+            _check_dtypes([output, input])
+            given = _part_sizes(input, input_split_sizes, self._own_size)
+            taken = _part_sizes(output, output_split_sizes, self._own_size)
+            buffer = plain(output)
+            shared.all_to_all(plain(input), buffer, given, taken)
+            _copy_back(buffer, output)
+
+        return self._run("all_to_all", run, [output])
+
+    def alltoall(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None) -> dist.Work:
+        """Which gloo does not have."""
+        given = [part.numel() for part in inputs]
+        taken = [part.numel() for part in outputs]
+        source = torch.cat([part.reshape(-1) for part in inputs])
+        result = source.new_empty(sum(taken))
+        self.all_to_all_single(result, source, taken, given, opts).wait()
+        for output, piece in zip(outputs, result.split(taken), strict=True):
+            output.copy_(piece.view_as(output))
+        return _Completed(outputs)
+
+    def barrier(self, opts: Any = None) -> dist.Work:
+        opts = opts or dist.BarrierOptions()
+        shared = self.shared_memory("barrier")
+        if shared is None:
+            return self._gloo.barrier(opts)
+        return self._run("barrier", shared.barrier, [])
+
+    # names in torch before 2.13
+    _allgather_base = all_gather_single
+    allgather_into_tensor_coalesced = all_gather_single_coalesced  # type: ignore[assignment]
+    _reduce_scatter_base = reduce_scatter_single  # type: ignore[assignment]
+    reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced  # type: ignore[assignment]
+    alltoall_base = all_to_all_single  # type: ignore[assignment]
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """The tensor as it can be read from its address: contiguous, its numbers as they are."""
+    return tensor.resolve_conj().resolve_neg().contiguous()
+
+
+def _copy_back(buffer: Tensor, tensor: Tensor) -> None:
+    if buffer is not tensor:
+        tensor.copy_(buffer)
+
+
+def _check_dtypes(tensors: Sequence[Tensor]) -> None:
+    if len({tensor.dtype for tensor in tensors}) > 1:
+        raise ValueError(f"tensors of one dtype are needed, not {[tensor.dtype for tensor in tensors]}")
+
+
+def _part_sizes(tensor: Tensor, sizes: Sequence[int], ranks: int) -> list[int]:
+    """Elements of each rank's part of a tensor that is cut along its first dimension."""
+    extent = tensor.shape[0] if tensor.dim() else 1
+    row = tensor.numel() // extent if extent else 0
+    if not sizes:
+        if extent % ranks:
+            raise ValueError(
+                f"all_to_all: {extent} rows cannot be cut over {ranks} ranks equally: give sizes"
+            )
+        return [extent // ranks * row] * ranks
+    if len(sizes) != ranks or sum(sizes) != extent:
+        raise ValueError(f"all_to_all: the sizes {list(sizes)} do not cut {extent} rows over {ranks} ranks")
+    return [size * row for size in sizes]
+
+
+def _last(works: list[dist.Work], result: list[Tensor]) -> dist.Work:
+    """One for several under way."""
+    if len(works) == 1:
+        return works[0]
+    for work in works:
+        work.wait()
+    return _Completed(result)
