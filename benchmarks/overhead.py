@@ -7,6 +7,8 @@ value entered, a result summed, a number made local at a call in its code. There
 moves nothing; the modules that have it written into their forward tell what of the time is the collective's
 own (an autograd node, a copy), the others what it costs to get there.
 
+The row of 64 is what a model pays once per call to see whether its changed modules are as colrow left them.
+
 A second table has what PyTorch offers to change a module's values, to choose from: hooks of all kinds, a
 forward of the instance's own.
 
@@ -109,21 +111,22 @@ class Variant:
 def colrow_variants(ranks: Communicator) -> list[Variant]:
     """What ``parallelize`` does to modules."""
 
-    def entry() -> SharedEntry:
-        return SharedEntry(ranks, "enter", 1)
-
-    exit = AllReduce(ranks, "exit")
+    enter, exit = Enter(ranks, "enter"), AllReduce(ranks, "exit")
     return [
         Variant("as it is", Nothing(), "", "module"),
         Variant("an input replaced", _changed([_same], []), "as it is", "module"),
         Variant("a result replaced", _changed([], [_same]), "as it is", "module"),
         Variant("input and result replaced", _changed([_same], [_same]), "as it is", "module"),
-        Variant("written: enter", Written(Enter(ranks, "enter"), None), "as it is", "module"),
-        Variant("entered by colrow", _changed([entry()], []), "written: enter", "module"),
+        Variant("64 in a model", _with_changed(64), "as it is", "module"),
+        Variant("written: enter", Written(enter, None), "as it is", "module"),
+        Variant("entered by colrow", _changed([enter], []), "written: enter", "module"),
+        Variant(
+            "entered, shared", _changed([SharedEntry(ranks, "enter", 1)], []), "written: enter", "module"
+        ),
         Variant("written: exit", Written(None, exit), "as it is", "module"),
         Variant("left by colrow", _changed([], [exit]), "written: exit", "module"),
-        Variant("written: both", Written(Enter(ranks, "enter"), exit), "as it is", "module"),
-        Variant("both by colrow", _changed([entry()], [exit]), "written: both", "module"),
+        Variant("written: both", Written(enter, exit), "as it is", "module"),
+        Variant("both by colrow", _changed([enter], [exit]), "written: both", "module"),
         Variant("attention", Attention(), "", "call site", (1, 4, 32)),
         Variant("4 numbers at calls", _with_calls(), "attention", "call site", (1, 4, 32)),
     ]
@@ -142,6 +145,17 @@ def _changed(before: list[Callable[[Tensor], Tensor]], after: list[Callable[[Ten
         table.at("part").change_output((), change)
     table.attach()
     return model["part"]
+
+
+def _with_changed(count: int) -> nn.Module:
+    """A model that calls none of its changed modules, but sees to it that they still are."""
+    model = Nothing()
+    table = ModuleTable(model)
+    for number in range(count):
+        model.add_module(f"part{number}", Nothing())
+        table.at(f"part{number}").change_output((), _same)
+    table.attach()
+    return model
 
 
 def _with_calls() -> nn.Module:
