@@ -111,6 +111,9 @@ class Variant:
 def colrow_variants(ranks: Communicator) -> list[Variant]:
     """What ``parallelize`` does to modules."""
 
+    def shared() -> SharedEntry:
+        return SharedEntry(ranks, "enter", 1)
+
     enter, exit = Enter(ranks, "enter"), AllReduce(ranks, "exit")
     return [
         Variant("as it is", Nothing(), "", "module"),
@@ -120,13 +123,12 @@ def colrow_variants(ranks: Communicator) -> list[Variant]:
         Variant("64 in a model", _with_changed(64), "as it is", "module"),
         Variant("written: enter", Written(enter, None), "as it is", "module"),
         Variant("entered by colrow", _changed([enter], []), "written: enter", "module"),
-        Variant(
-            "entered, shared", _changed([SharedEntry(ranks, "enter", 1)], []), "written: enter", "module"
-        ),
+        Variant("entered, shared", _changed([shared()], []), "written: enter", "module"),
         Variant("written: exit", Written(None, exit), "as it is", "module"),
         Variant("left by colrow", _changed([], [exit]), "written: exit", "module"),
         Variant("written: both", Written(enter, exit), "as it is", "module"),
         Variant("both by colrow", _changed([enter], [exit]), "written: both", "module"),
+        Variant("both, shared", _changed([shared()], [exit]), "written: both", "module"),
         Variant("attention", Attention(), "", "call site", (1, 4, 32)),
         Variant("4 numbers at calls", _with_calls(), "attention", "call site", (1, 4, 32)),
     ]
