@@ -15,6 +15,7 @@ from colrow.collectives.communicator import communicator
 from colrow.collectives.failure import diagnose, register_member, report_uncaught_exceptions
 from colrow.collectives.join import join_job
 from colrow.collectives.statistics import Call
+from colrow.transport import BACKEND, wish
 
 DEFAULT_TIMEOUT_SECONDS = 300.0
 LONGEST_TIMEOUT_SECONDS = 1e9
@@ -30,7 +31,8 @@ def init_mesh(
     """A device mesh with the dimensions ``dp`` and ``tp``, tp innermost (neighbouring ranks).
 
     Joins the job's process group first if this process has not: from the environment that torchrun (or
-    ``colrow train``) sets, or alone if there is none. NCCL serves GPUs, gloo serves CPUs.
+    ``colrow train``) sets, or alone if there is none. NCCL serves GPUs. CPUs communicate through memory that
+    the ranks of a host share, or gloo where there is none or ``COLROW_TRANSPORT=gloo`` is set.
 
     Args:
         tp: number of ranks that hold the slices of one model.
@@ -62,10 +64,12 @@ def init_mesh(
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     limit = timedelta(seconds=timeout)
     if not dist.is_initialized():
-        backend = "nccl" if device == "cuda" else "gloo"
         if "RANK" in os.environ:
+            alone = os.environ.get("WORLD_SIZE") == "1"
+            backend = "nccl" if device == "cuda" else "gloo" if alone or wish() == "gloo" else BACKEND
             join_job(backend, limit)
         else:
+            backend = "nccl" if device == "cuda" else "gloo"
             dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=limit)
     register_member()
     report_uncaught_exceptions()

@@ -21,6 +21,7 @@ from colrow.collectives.notices import Evidence, Verdict
 from colrow.collectives.position import Position
 from tests.collectives import crew
 from tests.pool import Pool
+from tests.transport.available import SHARED
 
 TIMEOUT = 2.0
 BUSY = 2.0
@@ -131,7 +132,8 @@ def test_ranks_in_different_collectives() -> None:
         assert end.ranks == ()
         at_odds = "rank 2 in all_reduce 'exit step 3'; rank 3 in all_gather 'elsewhere'"
         assert f"the ranks are in different collectives: {at_odds} (" in end.message, end
-        assert IN_TIME["shortest"] < end.seconds < IN_TIME["longest"] + BUSY
+        expected = AT_ONCE if SHARED else IN_TIME  # gloo waits for the rank that it thinks is late
+        assert expected["shortest"] < end.seconds < expected["longest"] + BUSY
 
 
 def test_the_stores_host_dies() -> None:

@@ -1,8 +1,9 @@
 """The ranks of one process group, and the plain (not differentiable) collectives among them.
 
-This is the only place that talks to ``torch.distributed``. Nothing here writes into a tensor of the
-caller's: results are in memory that the collective itself allocated, because a gradient handed to a
-backward may be shared and a forward input may be saved by autograd.
+This is the only place that talks to ``torch.distributed``, or for tensors on the CPU to the memory that the
+ranks of a host share, which a group's first collective sets up. Nothing here writes into a tensor of the
+caller's: results are in memory that the collective itself allocated, because a gradient handed to a backward
+may be shared and a forward input may be saved by autograd.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import math
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -18,10 +20,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from colrow.collectives import shared
 from colrow.collectives.failure import diagnose, register_member
-from colrow.collectives.pending import Pending
+from colrow.collectives.pending import Pending, Work
 from colrow.collectives.shapes import check_dimension, exchanged_shapes, gathered_sizes, pad, scattered_sizes
 from colrow.collectives.statistics import Call, CommStats, current_phase
+from colrow.transport import SharedGroup, share_memory
 
 Group: TypeAlias = "Communicator | dist.ProcessGroup | DeviceMesh"
 """What the public functions accept as a group of ranks: a mesh means its only dimension, or ``tp``."""
@@ -49,6 +53,11 @@ class Communicator:
             different ways.
     """
 
+    # as of a group that is not there: what plays one has no process group
+    _may_share = False
+    _sums_in_half = True
+    _shared: SharedGroup | None = None
+
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
         self.rank = dist.get_rank(group)
@@ -57,7 +66,10 @@ class Communicator:
         self.name = group.group_name
         self.statistics = CommStats()
         self.sequence = 0
-        self._is_gloo = dist.get_backend(group) == "gloo"
+        backend = dist.get_backend(group)
+        self._is_gloo = backend in ("gloo", "shm")
+        self._sums_in_half = backend == "gloo"
+        self._may_share = self._is_gloo and self.size > 1
         self._subgroups: dict[tuple[int, ...], Communicator] = {}
         register_member()
 
@@ -72,7 +84,7 @@ class Communicator:
         operation: str,
         label: str,
         payload: int,
-        start: Callable[[], dist.Work | None],
+        start: Callable[[], Work | None],
         finish: Callable[[], Tensor],
     ) -> Pending:
         call = Call(operation, label, current_phase(), payload)
@@ -87,13 +99,37 @@ class Communicator:
         self.statistics.add_seconds(call, time.perf_counter() - begin)
         return Pending(call, self.global_ranks, self.statistics, work, finish)
 
+    def _shares(self, tensor: Tensor, operation: str, label: str) -> SharedGroup | None:
+        """The ranks' shared memory, if it takes such tensors."""
+        if not (self._may_share and tensor.is_cpu):
+            return None
+        if self._shared is None:
+            self._join(operation, label)
+        return self._shared
+
+    def _join(self, operation: str, label: str) -> None:
+        """Agree with the other ranks on shared memory; a failure is that of the group's first collective."""
+        found: list[SharedGroup | None] = []
+        work = shared.Blocking(lambda: found.append(share_memory(self.group)))
+        call = Call(operation, label, current_phase(), 0)
+        Pending(call, self.global_ranks, self.statistics, work, lambda: torch.empty(0)).wait()
+        self._shared = found[0]
+        self._may_share = self._shared is not None
+
+    def _run(self, operation: str, label: str, payload: int, plan: shared.Plan) -> Pending:
+        """Run a collective in shared memory; it is complete when this returns."""
+        run, finish = plan
+        pending = self._begin(operation, label, payload, lambda: shared.Blocking(run), finish)
+        pending.wait()
+        return pending
+
     def sum_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """In which dtype to send numbers that are summed.
+        """In which dtype to send numbers that are summed by another transport than shared memory.
 
         gloo adds half-precision numbers in half precision: above two ranks that rounds repeatedly.
         """
         half = dtype in (torch.bfloat16, torch.float16)
-        return torch.float32 if half and self._is_gloo and self.size > 2 else dtype
+        return torch.float32 if half and self._sums_in_half and self.size > 2 else dtype
 
     def start_all_reduce(
         self, tensor: Tensor, reduction: str = "sum", *, label: str = "", owned: bool = False
@@ -108,6 +144,10 @@ class Communicator:
         """
         if self.size == 1:
             return Pending.completed(tensor if owned else tensor.clone())
+        memory = self._shares(tensor, "all_reduce", label)
+        if memory is not None and memory.can_reduce(tensor.dtype, reduction):
+            plan = shared.all_reduce(memory, tensor, reduction, owned)
+            return self._run("all_reduce", label, _bytes(tensor), plan)
         dtype = self.sum_dtype(tensor.dtype) if reduction == "sum" else tensor.dtype
         if owned and tensor.is_contiguous() and dtype == tensor.dtype:
             buffer = tensor
@@ -137,6 +177,10 @@ class Communicator:
         dimension = check_dimension(dimension, shard)
         sizes = gathered_sizes(shard, dimension, sizes, self.rank, self.size)
         rest = math.prod(shard.shape[:dimension] + shard.shape[dimension + 1 :])
+        payload = shard.element_size() * rest * sum(sizes)
+        memory = self._shares(shard, "all_gather", label)
+        if memory is not None:
+            return self._run("all_gather", label, payload, shared.all_gather(memory, shard, dimension, sizes))
         largest = max(sizes)
         source = pad(shard, dimension, largest).contiguous()
         stacked = source.new_empty((self.size, *source.shape))
@@ -150,7 +194,7 @@ class Communicator:
         return self._begin(
             "all_gather",
             label,
-            shard.element_size() * rest * sum(sizes),
+            payload,
             lambda: _gather_into(
                 stacked.view(-1),
                 source.view(-1),
@@ -175,6 +219,10 @@ class Communicator:
             return Pending.completed(tensor.clone())
         dimension = check_dimension(dimension, tensor)
         sizes = scattered_sizes(tensor, dimension, sizes, self.size)
+        memory = self._shares(tensor, "reduce_scatter", label)
+        if memory is not None and memory.can_reduce(tensor.dtype, "sum"):
+            plan = shared.reduce_scatter(memory, tensor, dimension, sizes)
+            return self._run("reduce_scatter", label, _bytes(tensor), plan)
         largest = max(sizes)
         dtype = self.sum_dtype(tensor.dtype)
         pieces = tensor.to(dtype).split(list(sizes), dimension)
@@ -215,6 +263,11 @@ class Communicator:
         shapes = exchanged_shapes(
             tensor, split_dimension, split_sizes, concat_dimension, concat_sizes, self.rank, self.size
         )
+        memory = self._shares(tensor, "all_to_all", label)
+        if memory is not None:
+            pieces = tensor.split(list(split_sizes), split_dimension)
+            plan = shared.all_to_all(memory, pieces, shapes, concat_dimension)
+            return self._run("all_to_all", label, _bytes(tensor), plan)
         pieces = tensor.split(list(split_sizes), split_dimension)
         source = torch.cat([piece.reshape(-1) for piece in pieces])
         counts = [torch.Size(shape).numel() for shape in shapes]
@@ -246,6 +299,10 @@ class Communicator:
         """
         if self.size == 1:
             return Pending.completed(tensor if owned else tensor.clone())
+        memory = self._shares(tensor, "broadcast", label)
+        if memory is not None:
+            plan = shared.broadcast(memory, tensor, source, owned)
+            return self._run("broadcast", label, _bytes(tensor), plan)
         if owned and tensor.is_contiguous():
             buffer = tensor
         else:
@@ -268,6 +325,9 @@ class Communicator:
         """
         if self.size == 1:
             return Pending.completed(tensor if owned else tensor.clone())
+        memory = self._shares(tensor, "reduce", label)
+        if memory is not None and memory.can_reduce(tensor.dtype, "sum"):
+            return self._run("reduce", label, _bytes(tensor), shared.reduce(memory, tensor, destination))
         dtype = self.sum_dtype(tensor.dtype)
         if owned and tensor.is_contiguous() and dtype == tensor.dtype:
             buffer = tensor
@@ -316,20 +376,21 @@ class Communicator:
         source = shard.contiguous().view(-1)
         is_root = self.rank == 0
         received = source.new_empty(sum(counts) if is_root else 0)
-        pending = self._begin(
-            "gather",
-            label,
-            _bytes(source),
-            lambda: dist.all_to_all_single(
-                received,
-                source,
-                counts if is_root else [0] * self.size,
-                [source.numel()] + [0] * (self.size - 1),
-                group=self.group,
-                async_op=True,
-            ),
-            lambda: received,
-        )
+        taken, given = counts if is_root else [0] * self.size, [source.numel()] + [0] * (self.size - 1)
+        memory = self._shares(source, "gather", label)
+        if memory is not None:
+            run = partial(memory.all_to_all, source, received, given, taken)
+            pending = self._run("gather", label, _bytes(source), (run, lambda: received))
+        else:
+            pending = self._begin(
+                "gather",
+                label,
+                _bytes(source),
+                lambda: dist.all_to_all_single(
+                    received, source, taken, given, group=self.group, async_op=True
+                ),
+                lambda: received,
+            )
         result = pending.wait()
         if not is_root:
             return []

@@ -30,6 +30,8 @@ from colrow.collectives.notices import (
 from colrow.collectives.position import Position, current_position, describe_collective, place_of
 from colrow.collectives.statistics import Call
 from colrow.errors import RankFailure
+from colrow.transport.c10d import leave_destroyed_groups
+from colrow.transport.errors import TransportError
 
 GRACE_SECONDS = 3.0
 """How long a failing rank waits for the others' answers before it names those who gave none."""
@@ -55,7 +57,7 @@ def register_member() -> None:
     store = PrefixStore("colrow", _get_default_store()).clone()  # type: ignore[attr-defined]
     board = NoticeBoard(store, dist.get_rank(), dist.get_world_size())
     board.register()
-    _watches[group] = Watch(board, group)
+    _watches[group] = Watch(board, group, leave_destroyed_groups)
 
 
 def diagnose(error: BaseException, call: Call, ranks: Sequence[int]) -> RankFailure:
@@ -71,6 +73,8 @@ def diagnose(error: BaseException, call: Call, ranks: Sequence[int]) -> RankFail
     myself = dist.get_rank()
     watch = _watches.get(_get_default_group())
     mine = Position(where, tuple(ranks), time.time())
+    if watch is None and isinstance(error, TransportError):  # a job that colrow has not joined
+        return RankFailure(f"{where} did not complete on rank {myself}: {error}", error.ranks, call.label)
     try:
         if watch is None:
             raise RuntimeError("this rank never registered")
@@ -247,7 +251,7 @@ def _store_is_gone(error: BaseException) -> Verdict:
 
 def _is_of_transport(error: BaseException) -> bool:
     """Whether torch raised this because another rank closed its connection or did not come."""
-    if isinstance(error, dist.DistError):
+    if isinstance(error, dist.DistError | TransportError):
         return True
     text = str(error)
     return isinstance(error, RuntimeError) and (

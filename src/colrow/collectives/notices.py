@@ -12,7 +12,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 
 import torch.distributed as dist
@@ -142,14 +142,20 @@ class NoticeBoard:
 class Watch:
     """Answers alarms from a thread of its own until this process leaves the process group or ends.
 
-    Attributes:
+    Args:
         board: the notices of all ranks.
+        group: until this process group is gone.
+        chore: called now and then.
+
+    Attributes:
+        board: as given.
         heard: what this rank has last heard about the cause of an alarm, for when the store is gone.
         stop: ends the thread.
     """
 
-    def __init__(self, board: NoticeBoard, group: dist.ProcessGroup) -> None:
+    def __init__(self, board: NoticeBoard, group: dist.ProcessGroup, chore: Callable[[], None]) -> None:
         self.board = board
+        self._chore = chore
         self.heard: Verdict | None = None
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._answer_alarms, name="colrow-watch", daemon=True)
@@ -161,6 +167,7 @@ class Watch:
         answered = 0
         interval = max(POLL_SECONDS, self.board.size / RANKS_PER_SECOND)
         while not self._stopped.wait(interval):
+            self._chore()
             try:
                 alarm = self.board.last_alarm()
                 if alarm > answered:

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
-import torch.distributed as dist
 from torch import Tensor
 
 from colrow.collectives.failure import diagnose
 from colrow.collectives.statistics import Call, CommStats
+
+
+class Work(Protocol):
+    """What a transport gives for a collective that it has begun, such as ``torch.distributed.Work``."""
+
+    def wait(self) -> object:
+        """Return once it is complete."""
 
 
 class Pending:
@@ -20,7 +27,7 @@ class Pending:
         call: Call,
         ranks: Sequence[int],
         statistics: CommStats,
-        work: dist.Work | None,
+        work: Work | None,
         finish: Callable[[], Tensor],
     ) -> None:
         self._call = call

@@ -20,8 +20,8 @@ import torch
 
 from colrow.collectives.statistics import Call
 
-_COLLECTIVES = f"{Path(__file__).parent}{os.sep}"
 _COLROW = f"{Path(__file__).parents[1]}{os.sep}"
+_COLLECTIVES = tuple(f"{_COLROW}{folder}{os.sep}" for folder in ("collectives", "transport"))
 _LIBRARIES = (
     *{sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")},
     str(Path(torch.__file__).parent),
@@ -83,6 +83,11 @@ def place_of(error: BaseException) -> str:
     """The user's line that raised ``error``, and the function of torch.distributed that it had called."""
     frames = [(frame, line) for frame, line in traceback.walk_tb(error.__traceback__)]
     return _describe(frames[::-1])
+
+
+def own_place() -> str:
+    """The user's line that the calling thread is at, and the function of torch.distributed that it called."""
+    return _place(sys._getframe(1))
 
 
 def _place(innermost: FrameType) -> str:

@@ -42,7 +42,7 @@ _REDUCTIONS: dict[Any, str] = {
 
 
 # groups that others made, of gloo alone, whose ranks share memory for colrow's own collectives
-_beside_gloo: WeakKeyDictionary[ProcessGroup, SharedGroup] = WeakKeyDictionary()
+_beside_gloo: WeakKeyDictionary[ProcessGroup, SharedGroup | None] = WeakKeyDictionary()
 
 
 def share_memory(group: ProcessGroup) -> SharedGroup | None:
@@ -57,17 +57,16 @@ def share_memory(group: ProcessGroup) -> SharedGroup | None:
     """
     if isinstance(group, SharedMemoryProcessGroup):
         return group.shared_memory()
-    gloo = group._get_backend(torch.device("cpu"))
-    shared = join(gloo, dist.get_rank(group), dist.get_process_group_ranks(group))
-    if shared is not None:
-        _beside_gloo[group] = shared
-    return shared
+    if group not in _beside_gloo:
+        gloo = group._get_backend(torch.device("cpu"))
+        _beside_gloo[group] = join(gloo, dist.get_rank(group), dist.get_process_group_ranks(group))
+    return _beside_gloo[group]
 
 
 def leave_destroyed_groups() -> None:
     """Leave the memory of gloo groups that were destroyed: nobody tells, so this is called now and then."""
     for group, shared in list(_beside_gloo.items()):
-        if group not in dist.distributed_c10d._world.pg_map:
+        if shared is not None and group not in dist.distributed_c10d._world.pg_map:
             shared.close()
 
 

@@ -49,19 +49,16 @@ def join(gloo: Any, rank: int, global_ranks: Sequence[int]) -> SharedGroup | Non
     if agreement.arena is not None:
         group = SharedGroup(agreement, rank, global_ranks, lambda: gloo.options._timeout.total_seconds())
     if dist.is_initialized() and dist.get_rank() == 0:
-        _say(_describe(group, agreement.reason, size))
+        _say(_describe(group, agreement.reason))
     return group
 
 
-def _describe(group: SharedGroup | None, reason: str, size: int) -> str:
+def _describe(group: SharedGroup | None, reason: str) -> str:
     if group is None:
-        return f"colrow: groups of {size} ranks communicate through gloo: {reason}"
+        return f"colrow: ranks communicate through gloo: {reason}"
     from colrow.transport import _native
 
-    return (
-        f"colrow: groups of {size} ranks communicate through shared memory: all are on this host "
-        f"({group.bytes / 1e6:.1f} MB each, sums with {_native.KERNELS})"
-    )
+    return f"colrow: ranks communicate through shared memory: they are on one host ({_native.KERNELS} sums)"
 
 
 @functools.cache
