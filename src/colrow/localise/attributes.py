@@ -216,14 +216,9 @@ class Attributes:
 
     def _uses(self, path: str, key: Key) -> list[FunctionCall]:
         """The calls that see the attribute when it is changed for the module at ``path``."""
-        if "." in key[1] and not self._is_own(path, key):
-            return [call for call in self._users[key] if call.module.path == path]
         if key[0] == path and "." not in key[1]:
             return self._users[key]
         return [call for call in self._users[key] if call.module.path == path]
-
-    def _is_own(self, path: str, key: Key) -> bool:
-        return key[0] == path and "." not in key[1]
 
     def _name_at(self, path: str, key: Key) -> tuple[str, str] | None:
         """How the module at ``path`` calls an attribute: its own, or one of an object that it holds."""

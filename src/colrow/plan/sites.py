@@ -6,7 +6,6 @@ them. What holds in some of them only cannot be written down, and is refused.
 
 from __future__ import annotations
 
-import sys
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,8 @@ from dataclasses import dataclass
 from colrow.plan.exits import paths_of
 from colrow.plan.places import Call, CallArgument, CallResult, ModuleInput, ModuleOutput, Place
 from colrow.plan.selection import Selection
-from colrow.trace.records import CallSite, FunctionCall, ModuleCall, Operation, Value
+from colrow.sources import source_of
+from colrow.trace.records import FunctionCall, ModuleCall, Operation, Value
 from colrow.trace.tree import Path
 
 
@@ -211,19 +211,12 @@ class Sites:
         code = call.site.code
         name = getattr(code, "co_qualname", code.co_name)
         return Call(
-            call.name, self._source(call.site), name, call.site.line, call.site.instruction, occurrence
+            call.name, self._source(call.site.file), name, call.site.line, call.site.instruction, occurrence
         )
 
-    def _source(self, site: CallSite) -> str:
-        """The name of the Python module that holds the code; its file's name if it cannot be told."""
-        file = site.file
+    def _source(self, file: str) -> str:
         if file not in self._sources:
-            names = [
-                name
-                for name, module in list(sys.modules.items())
-                if getattr(module, "__file__", None) == file and name != "__main__"
-            ]
-            self._sources[file] = min(names, key=len) if names else file.rpartition("/")[2]
+            self._sources[file] = source_of(file)
         return self._sources[file]
 
 
