@@ -19,7 +19,14 @@ from colrow.apply.shadow import Shadow
 from colrow.apply.shared import SharedPart
 from colrow.apply.values import Change, ModuleTable
 from colrow.collectives import AllReduce, Communicator, Enter, FirstRankOnly
-from colrow.layers import SharedEntry, VocabParallelEmbedding, column_parallel, lookup, row_parallel
+from colrow.layers import (
+    SharedEntry,
+    VocabParallelEmbedding,
+    column_parallel,
+    lookup,
+    multiply_faster,
+    row_parallel,
+)
 from colrow.layers.linear import ColumnParallel, RowParallel
 from colrow.layout import Cut
 from colrow.modules import embedding_fault, features_dimension, is_linear
@@ -86,6 +93,7 @@ class Applier:
         if plan.loss is not None:
             self._loss(gather_logits)
         keep_off_fast_path(self._model, plan)
+        multiply_faster(self._model, self._ranks)
         self._undo.seal(self._model)
         return self._undo
 

@@ -3,7 +3,13 @@
 from colrow.layers.cross_entropy import cross_entropy
 from colrow.layers.embedding import VocabParallelEmbedding
 from colrow.layers.entry import SharedEntry
-from colrow.layers.linear import ColumnParallelLinear, RowParallelLinear, column_parallel, row_parallel
+from colrow.layers.linear import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    column_parallel,
+    multiply_faster,
+    row_parallel,
+)
 from colrow.layers.lookup import lookup
 
 __all__ = [
@@ -14,5 +20,6 @@ __all__ = [
     "column_parallel",
     "cross_entropy",
     "lookup",
+    "multiply_faster",
     "row_parallel",
 ]

@@ -10,120 +10,20 @@ Written once for ``nn.Linear``, whose weight is ``[out, in]``, and transformers'
 from __future__ import annotations
 
 from functools import cache
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from colrow.collectives import AllGather, AllReduce, Communicator, Enter, Group, Slice, communicator
 from colrow.errors import PlanError
 from colrow.layers.entry import SharedEntry
+from colrow.layers.linear_functions import ColumnLinear, RowLinear, autocast, local_linear
+from colrow.layers.products import Products, agreed_products
 from colrow.layers.shards import axis_layout, shard_parameter
 from colrow.layout import Cut, DimensionLayout, TensorLayout
 from colrow.modules import is_linear
 from colrow.randomness import RegionRandomness
-
-
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None, out_first: bool) -> Tensor:
-    if out_first:
-        return F.linear(x, weight, bias)
-    if bias is None:
-        return x @ weight
-    return torch.addmm(bias, _rows(x), weight).view(*x.shape[:-1], weight.shape[1])  # as Conv1D does
-
-
-def _input_gradient(gradient: Tensor, weight: Tensor, out_first: bool) -> Tensor:
-    return gradient @ (weight if out_first else weight.t())
-
-
-def _rows(x: Tensor) -> Tensor:
-    """[..., features] as a matrix; -1 would be ambiguous where a rank holds no features."""
-    return x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
-
-
-def _weight_gradient(gradient: Tensor, x: Tensor, out_first: bool) -> Tensor:
-    return _rows(gradient).t() @ _rows(x) if out_first else _rows(x).t() @ _rows(gradient)
-
-
-class _ColumnLinear(torch.autograd.Function):
-    """I x V -> V. The backward starts the reduction of the input's gradient, computes the weight's, waits."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        ranks: Communicator,
-        label: str,
-        out_first: bool,
-    ) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.ranks, ctx.label, ctx.out_first = ranks, label, out_first
-        return _product(x, weight, bias, out_first)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        x_gradient = pending = weight_gradient = None
-        if needs_x:
-            x_gradient = _input_gradient(gradient, weight, ctx.out_first)
-            if x_gradient.requires_grad:  # a second derivative will be taken
-                x_gradient = AllReduce(ctx.ranks, ctx.label)(x_gradient)
-            else:
-                pending = ctx.ranks.start_all_reduce(x_gradient, label=ctx.label, owned=True)
-        if needs_weight:
-            # here x meets each rank's own gradient: its second derivative is partial
-            entered = Enter(ctx.ranks, ctx.label)(x)
-            weight_gradient = _weight_gradient(gradient, entered, ctx.out_first)
-        bias_gradient = _rows(gradient).sum(0) if needs_bias else None
-        if pending is not None:
-            x_gradient = pending.wait()
-        return x_gradient, weight_gradient, bias_gradient, None, None, None
-
-
-class _RowLinear(torch.autograd.Function):
-    """V x V -> I. The forward reduces in the memory of the product itself, and adds the bias once."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        ranks: Communicator,
-        label: str,
-        out_first: bool,
-    ) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.ranks, ctx.label, ctx.out_first = ranks, label, out_first
-        partial = _product(x, weight, None, out_first)
-        result = ranks.start_all_reduce(partial, label=label, owned=True).wait()
-        return result if bias is None else result.add_(bias)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        # the gradient meets each rank's own shards: its second derivative is partial
-        entered = Enter(ctx.ranks, ctx.label)(gradient)
-        x_gradient = _input_gradient(entered, weight, ctx.out_first) if needs_x else None
-        weight_gradient = _weight_gradient(entered, x, ctx.out_first) if needs_weight else None
-        bias_gradient = _rows(gradient).sum(0) if needs_bias else None
-        return x_gradient, weight_gradient, bias_gradient, None, None, None
-
-
-def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
-    """The operands in autocast's dtype, as it would give them to ``F.linear``."""
-    device = next(tensor for tensor in tensors if tensor is not None).device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):
-        return list(tensors)
-    dtype = torch.get_autocast_dtype(device)
-    return [
-        tensor if tensor is None or tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors
-    ]
 
 
 class _ParallelLinear(nn.Module):
@@ -134,6 +34,7 @@ class _ParallelLinear(nn.Module):
     features: DimensionLayout
     cut: Cut
     region: RegionRandomness | None
+    products: Products = Products()
     _region_name = ""
 
     def _take_shard(
@@ -213,13 +114,14 @@ class ColumnParallel(_ParallelLinear):
         if self.entry is not None:
             x = self.entry(x)
         if self.entry is not None or self.reads == "R":
-            y = _product(x, *self._operands, self._out_first)
+            y = local_linear(x, *self._operands, self._out_first, self.products)
         elif torch.compiler.is_compiling():  # which does the overlap itself, and autocast in the product
             entered = Enter(self.communicator, f"enter {self.label}")(x)
-            y = _product(entered, *self._operands, self._out_first)
+            y = local_linear(entered, *self._operands, self._out_first, self.products)
         else:
-            operands = _autocast(x, *self._operands)
-            y = _ColumnLinear.apply(*operands, self.communicator, f"enter {self.label}", self._out_first)
+            operands = autocast(x, *self._operands)
+            label = f"enter {self.label}"
+            y = ColumnLinear.apply(*operands, self.communicator, label, self._out_first, self.products)
         if self.region is not None:
             self.region.enter(y.device, self._region_name)
         if self.gather_output:
@@ -259,10 +161,12 @@ class RowParallel(_ParallelLinear):
         label = f"exit {self.label}"
         if torch.compiler.is_compiling():
             weight, bias = self._operands
-            total = AllReduce(self.communicator, label)(_product(x, weight, None, self._out_first))
+            total = AllReduce(self.communicator, label)(
+                local_linear(x, weight, None, self._out_first, self.products)
+            )
             return total if bias is None else total + bias.to(total.dtype)
-        operands = _autocast(x, *self._operands)
-        result: Tensor = _RowLinear.apply(*operands, self.communicator, label, self._out_first)
+        operands = autocast(x, *self._operands)
+        result: Tensor = RowLinear.apply(*operands, self.communicator, label, self._out_first, self.products)
         return result
 
 
@@ -404,3 +308,16 @@ def row_parallel(
     assert isinstance(module, RowParallel)
     module._become_row(group, label, layout, cut, reads)
     return module
+
+
+def multiply_faster(model: nn.Module, ranks: Communicator) -> None:
+    """Let the cut layers of ``model`` multiply by the faster library, where there are two.
+
+    Every rank of the group calls this. See :mod:`colrow.layers.products`.
+    """
+    layers = [module for module in model.modules() if isinstance(module, ColumnParallel | RowParallel)]
+    weights = [module._operands[0] for module in layers]
+    if any(weight.dtype == torch.float32 and weight.device.type == "cpu" for weight in weights):
+        products = agreed_products(ranks)
+        for layer in layers:
+            layer.products = products

@@ -1,0 +1,177 @@
+"""The autograd functions of parallel linear layers: one local product with its collective.
+
+Their backwards are made of differentiable operators, so that second derivatives work; where none will be
+taken, and it is faster, the products go to oneDNN (:mod:`colrow.layers.products`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from colrow.collectives import AllReduce, Communicator, Enter
+from colrow.layers.products import Products, onednn
+
+
+def local_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, out_first: bool, products: Products
+) -> Tensor:
+    """The product on this rank alone, differentiable: ``x`` [..., in], ``weight`` [out, in] or [in, out].
+
+    Args:
+        out_first: whether the weight is [out, in], as that of ``nn.Linear``; else as that of ``Conv1D``.
+        products: who multiplies.
+    """
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
+        return _product(x, weight, bias, out_first)
+    if not (type(x) is Tensor and _goes_to_onednn(products, x, weight)):
+        return _product(x, weight, bias, out_first)
+    return _LocalLinear.apply(x, weight, bias, out_first, products)
+
+
+def autocast(*tensors: Tensor | None) -> list[Tensor | None]:
+    """The tensors as ``torch.autocast`` would give them to a product."""
+    """The operands in autocast's dtype, as it would give them to ``F.linear``."""
+    device = next(tensor for tensor in tensors if tensor is not None).device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device)
+    return [
+        tensor if tensor is None or tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors
+    ]
+
+
+def _goes_to_onednn(products: Products, x: Tensor, weight: Tensor) -> bool:
+    return x.dtype == torch.float32 and products.uses_onednn(x.numel() // max(1, x.shape[-1]), weight)
+
+
+def _product(
+    x: Tensor, weight: Tensor, bias: Tensor | None, out_first: bool, products: Products | None = None
+) -> Tensor:
+    if products is not None and _goes_to_onednn(products, x, weight):
+        return onednn(x, weight if out_first else weight.t(), bias)
+    if out_first:
+        return F.linear(x, weight, bias)
+    if bias is None:
+        return x @ weight
+    return torch.addmm(bias, _rows(x), weight).view(*x.shape[:-1], weight.shape[1])  # as Conv1D does
+
+
+def _input_gradient(gradient: Tensor, weight: Tensor, out_first: bool, products: Products) -> Tensor:
+    if not torch.is_grad_enabled() and _goes_to_onednn(products, gradient, weight):
+        return onednn(gradient, weight.t() if out_first else weight)
+    return gradient @ (weight if out_first else weight.t())
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[..., features] as a matrix; -1 would be ambiguous where a rank holds no features."""
+    return x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
+
+
+def _weight_gradient(
+    gradient: Tensor, x: Tensor, weight: Tensor, out_first: bool, products: Products
+) -> Tensor:
+    if not torch.is_grad_enabled() and _goes_to_onednn(products, gradient, weight):
+        left, right = (gradient, x) if out_first else (x, gradient)
+        return onednn(_rows(left).t(), _rows(right).t())
+    return _rows(gradient).t() @ _rows(x) if out_first else _rows(x).t() @ _rows(gradient)
+
+
+class _LocalLinear(torch.autograd.Function):
+    """V x V -> V, without a collective."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, out_first: bool, products: Products
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.out_first, ctx.products = out_first, products
+        return _product(x, weight, bias, out_first, products)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        x_gradient = _input_gradient(gradient, weight, ctx.out_first, ctx.products) if needs_x else None
+        weight_gradient = None
+        if needs_weight:
+            weight_gradient = _weight_gradient(gradient, x, weight, ctx.out_first, ctx.products)
+        bias_gradient = _rows(gradient).sum(0) if needs_bias else None
+        return x_gradient, weight_gradient, bias_gradient, None, None
+
+
+class ColumnLinear(torch.autograd.Function):
+    """I x V -> V. The backward starts the reduction of the input's gradient, computes the weight's, waits."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        ranks: Communicator,
+        label: str,
+        out_first: bool,
+        products: Products,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.ranks, ctx.label, ctx.out_first, ctx.products = ranks, label, out_first, products
+        return _product(x, weight, bias, out_first, products)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        x_gradient = pending = weight_gradient = None
+        if needs_x:
+            x_gradient = _input_gradient(gradient, weight, ctx.out_first, ctx.products)
+            if x_gradient.requires_grad:  # a second derivative will be taken
+                x_gradient = AllReduce(ctx.ranks, ctx.label)(x_gradient)
+            else:
+                pending = ctx.ranks.start_all_reduce(x_gradient, label=ctx.label, owned=True)
+        if needs_weight:
+            # here x meets each rank's own gradient: its second derivative is partial
+            entered = Enter(ctx.ranks, ctx.label)(x)
+            weight_gradient = _weight_gradient(gradient, entered, weight, ctx.out_first, ctx.products)
+        bias_gradient = _rows(gradient).sum(0) if needs_bias else None
+        if pending is not None:
+            x_gradient = pending.wait()
+        return x_gradient, weight_gradient, bias_gradient, None, None, None, None
+
+
+class RowLinear(torch.autograd.Function):
+    """V x V -> I. The forward reduces in the memory of the product itself, and adds the bias once."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        ranks: Communicator,
+        label: str,
+        out_first: bool,
+        products: Products,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.ranks, ctx.label, ctx.out_first, ctx.products = ranks, label, out_first, products
+        partial = _product(x, weight, None, out_first, products)
+        result = ranks.start_all_reduce(partial, label=label, owned=True).wait()
+        return result if bias is None else result.add_(bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        # the gradient meets each rank's own shards: its second derivative is partial
+        entered = Enter(ctx.ranks, ctx.label)(gradient)
+        x_gradient = weight_gradient = None
+        if needs_x:
+            x_gradient = _input_gradient(entered, weight, ctx.out_first, ctx.products)
+        if needs_weight:
+            weight_gradient = _weight_gradient(entered, x, weight, ctx.out_first, ctx.products)
+        bias_gradient = _rows(gradient).sum(0) if needs_bias else None
+        return x_gradient, weight_gradient, bias_gradient, None, None, None, None

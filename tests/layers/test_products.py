@@ -1,0 +1,149 @@
+"""Matrix products by oneDNN: the same results as torch's own, in all that a linear layer does."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from colrow.collectives import communicator
+from colrow.layers import SharedEntry, column_parallel, linear_functions, products, row_parallel
+from colrow.layers.linear import ColumnParallel, RowParallel
+from colrow.layers.products import Products, agreed_products, choose_products
+from tests.pool import Pool, worker_mesh
+
+FAULT = products._fault()
+needs_onednn = pytest.mark.skipif(bool(FAULT), reason=FAULT)
+
+
+def test_the_library_can_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choose_products("mkl").onednn_from is None
+    with pytest.raises(ValueError, match="COLROW_GEMM must be onednn, mkl or torch, not 'blas'"):
+        choose_products("blas")
+    monkeypatch.setattr(products, "_fault", lambda: "there is none")
+    with pytest.raises(ValueError, match="COLROW_GEMM=onednn cannot be done: there is none"):
+        choose_products.__wrapped__("onednn")
+    assert choose_products.__wrapped__(None) == Products(None, "there is none")
+
+
+@pytest.mark.parametrize("gain", [0.5, 3.0])
+def test_the_faster_one_is_taken_from_the_size_on_where_it_is(
+    gain: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = iter([gain, 1.0, gain, 1.0, 1.0, 1.0])
+    monkeypatch.setattr(products, "_seconds", lambda work: next(seconds))
+    found = products._tried()
+    rows, read, written = products.LADDER[-2]
+    assert found.onednn_from == (rows * read * written if gain > 1 else None)
+
+
+@needs_onednn
+def test_only_large_products_in_single_precision_on_cpus() -> None:
+    chosen = Products(1000)
+    weight = torch.zeros(10, 10)
+    assert chosen.uses_onednn(10, weight)
+    assert not chosen.uses_onednn(9, weight)
+    assert not chosen.uses_onednn(10, weight.double())
+    assert not chosen.uses_onednn(10, weight.to("meta"))
+    assert not Products(0).uses_onednn(5, torch.zeros(0, 10))
+
+
+Layer = Callable[[int, int, bool], nn.Module]
+LAYERS: dict[str, Layer] = {
+    "linear": lambda read, written, bias: nn.Linear(read, written, bias),
+    "conv1d": lambda read, written, bias: Conv1D(written, read),
+}
+
+
+def _run(first: nn.Module, second: nn.Module, x: Tensor) -> list[Tensor]:
+    y = second(torch.tanh(first(x)))
+    parameters = [*first.parameters(), *second.parameters()]
+    return [y, *torch.autograd.grad(y.square().sum(), [x, *parameters])]
+
+
+def _layers(size: int, kind: str, shared: bool, bias: bool) -> int:
+    """Both layers, cut over the ranks with oneDNN, against the whole ones in double precision."""
+    mesh = worker_mesh(size)
+    ranks = communicator(mesh)
+    calls: list[int] = []
+    onednn = linear_functions.onednn
+
+    def counted(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
+        calls.append(1)
+        return onednn(left, right, bias)
+
+    linear_functions.onednn = counted
+    try:
+        torch.manual_seed(0)
+        first, second = LAYERS[kind](24, 18, bias), LAYERS[kind](18, 24, bias)
+        x = torch.randn(2, 5, 24)
+        whole = x.double().requires_grad_()
+        expected = _run(copy.deepcopy(first).double(), copy.deepcopy(second).double(), whole)
+        entry = SharedEntry(ranks, "shared", 1) if shared else None
+        layers = (column_parallel(first, mesh, entry=entry), row_parallel(second, mesh))
+        for layer in layers:
+            layer.products = Products(1)
+        found = _run(first, second, x.clone().requires_grad_())
+        rank = ranks.rank
+        for name, one, other in zip(_names(first, second), found, expected, strict=True):
+            part = _part(name, other, *layers, rank)
+            torch.testing.assert_close(one.double(), part, rtol=1e-4, atol=1e-5, msg=name)
+        with torch.no_grad():
+            y = second(torch.tanh(first(x)))
+        torch.testing.assert_close(y.double(), expected[0], rtol=1e-4, atol=1e-5)
+        count = len(calls)
+        # second derivatives take torch's products, which have them
+        z = x.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(second(torch.tanh(first(z))).square().sum(), z, create_graph=True)
+        gradient.square().sum().backward()
+        assert z.grad is not None
+        return count
+    finally:
+        linear_functions.onednn = onednn
+
+
+def _names(first: nn.Module, second: nn.Module) -> list[str]:
+    of_parameters = [f"first.{name}" for name, _ in first.named_parameters()]
+    return ["y", "x", *of_parameters, *[f"second.{name}" for name, _ in second.named_parameters()]]
+
+
+def _part(name: str, whole: Tensor, first: ColumnParallel, second: RowParallel, rank: int) -> Tensor:
+    """This rank's part of a parameter's gradient."""
+    place, _, parameter = name.partition(".")
+    if not parameter or name == "second.bias":
+        return whole
+    layer, axis = (first, 0) if place == "first" else (second, 1)
+    dimension = axis if isinstance(layer, nn.Linear) or whole.dim() == 1 else 1 - axis
+    return whole.narrow(dimension, sum(layer.sizes[:rank]), layer.sizes[rank])
+
+
+@needs_onednn
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("shared", [False, True])
+def test_layers_equal_whole_ones(ranks: Callable[[int], Pool], size: int, kind: str, shared: bool) -> None:
+    counts = ranks(size).run(_layers, size, kind, shared, kind == "conv1d" or not shared)
+    # two layers: forward, both gradients of each, and forward once more
+    assert counts == [8] * size
+
+
+def _agreed() -> list[int | None]:
+    ranks = communicator(worker_mesh(2))
+    choose = products.choose_products
+    try:
+        found = []
+        for of_ranks in ([7, None], [None, 7], [5, 5]):
+            mine = Products(of_ranks[ranks.rank])
+            products.choose_products = lambda mine=mine: mine  # type: ignore[assignment]
+            found.append(agreed_products(ranks).onednn_from)
+        return found
+    finally:
+        products.choose_products = choose
+
+
+def test_all_ranks_do_as_the_first(ranks: Callable[[int], Pool]) -> None:
+    assert ranks(2).run(_agreed) == [[7, None, 5], [7, None, 5]]
