@@ -201,7 +201,7 @@ class SharedGroup:
             )
         if outcome == REFUSED:
             raise ValueError("the ranks cannot do this in shared memory: the arguments do not fit together")
-        if outcome == CLOSED:
+        if outcome == CLOSED and rank == self.rank:
             raise TransportError("this rank has left the group")
         who = self.global_ranks[rank] if rank >= 0 else -1
         if outcome == MISMATCH:
@@ -210,6 +210,7 @@ class SharedGroup:
             TIMED_OUT: "did not come in time",
             DIED: "has died",
             LEFT: "has left the group",
+            CLOSED: "has left the group",
             INTERRUPTED: "was interrupted",
         }
         seen = "" if finder == self.rank else f", says rank {self.global_ranks[finder]}"
