@@ -100,6 +100,33 @@ class Handed(nn.Module):
         return self.second(found["mixed"], found["given"])["mixed"] + found["given"] * 2
 
 
+class Filling(nn.Module):
+    """A block that reads a dictionary and a list of the caller's, and writes into both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, 20), nn.Linear(20, WIDTH)
+
+    def forward(self, batch: dict[str, Tensor], hidden: list[Tensor]) -> None:
+        batch["mixed"] = self.down(self.up(batch["x"]).relu())
+        hidden.append(self.down(self.up(hidden[0]).tanh()))
+
+
+class Filled(nn.Module):
+    """Goes on with what it has given a block, and with what that has written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Filling(), Filling()
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, hidden = {"x": x * 1.0}, [x * 2.0]
+        self.first(batch, hidden)
+        result = batch["x"] * 3 + batch["mixed"] + hidden[0] + hidden[1]
+        self.second(batch=batch, hidden=hidden)
+        return result + batch["x"].sin() + batch["mixed"] + hidden[0].cos() + hidden[2]
+
+
 class Routed(nn.Module):
     """Experts of which the last two do nothing, in a loop over those that were chosen."""
 
@@ -132,6 +159,7 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, dict[str, Tensor]]]] = {
     "adapters": lambda: (Adapted(), {"ids": torch.randint(WIDTH, (2, 5))}),
     "unheard": lambda: (Unheard(), {"x": torch.randn(2, 5, WIDTH)}),
     "handed-back": lambda: (Handed(), {"x": torch.randn(2, 5, WIDTH)}),
+    "filled-by-a-module": lambda: (Filled(), {"x": torch.randn(2, 5, WIDTH)}),
     "idle-experts": lambda: (Routed(), {"x": torch.randn(9, WIDTH)}),
     "returned": lambda: (Reading(mixes=False), _pair()),
     "returned-and-read": lambda: (Reading(mixes=True), _pair()),

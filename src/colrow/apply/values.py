@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable, Mapping, MutableMapping
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
@@ -61,21 +62,32 @@ class _Forward(OwnForward):
         self._path, self._inputs, self._outputs = path, inputs, outputs
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        lent: list[_Lent] = []
         for position, name, rest, change in self._inputs:
             if name is not None and name in keywords:
                 item = keywords[name]
                 keywords[name] = (
-                    change(item) if not rest and isinstance(item, Tensor) else changed(item, rest, change)
+                    change(item)
+                    if not rest and isinstance(item, Tensor)
+                    else changed(item, rest, change, lent)
                 )
             elif position is not None and position < len(arguments):
                 item = arguments[position]
-                new = change(item) if not rest and isinstance(item, Tensor) else changed(item, rest, change)
+                new = (
+                    change(item)
+                    if not rest and isinstance(item, Tensor)
+                    else changed(item, rest, change, lent)
+                )
                 if new is not item:
                     arguments = (*arguments[:position], new, *arguments[position + 1 :])
             elif name is None:
                 # an argument with a name may be left out; one of *arguments may have come by name
                 raise self._missing(position)
-        output = self._inner(arguments, keywords)
+        try:
+            output = self._inner(arguments, keywords)
+        finally:
+            for one in lent:
+                one.put_back()
         for path, change in self._outputs:
             output = (
                 change(output) if not path and isinstance(output, Tensor) else changed(output, path, change)
@@ -92,10 +104,42 @@ class _Forward(OwnForward):
         self._inputs = self._outputs = ()
 
 
-def changed(item: Any, path: Path, change: Change) -> Any:
+@dataclass(frozen=True)
+class _Lent:
+    """A place in a container of the caller, as it was before a module ran and while it ran."""
+
+    container: Any
+    key: Any
+    before: Any
+    after: Any
+
+    def put_back(self) -> None:
+        """What was there before, unless the module has put something else there."""
+        if _get(self.container, self.key) is self.after:
+            _set(self.container, self.key, self.before)
+
+
+def _get(container: Any, key: Any) -> Any:
+    if isinstance(container, list | Mapping):
+        return container[key] if isinstance(container, list) else container.get(key)
+    return getattr(container, str(key))
+
+
+def _set(container: Any, key: Any, item: Any) -> None:
+    if isinstance(container, list | MutableMapping):
+        container[key] = item
+    else:
+        object.__setattr__(container, str(key), item)
+
+
+def changed(item: Any, path: Path, change: Change, lent: list[_Lent] | None = None) -> Any:
     """A nesting with the tensor at ``path`` changed; where there is none, for this call, nothing is.
 
     What can change is changed in place (mappings, outputs of transformers), so that its type stays.
+
+    Args:
+        lent: for what belongs to the caller, notes what was changed in place, to be put back: it is the
+            caller's own container that a module gets, as it may be there to be written into.
     """
     if item is None:
         return None
@@ -107,22 +151,35 @@ def changed(item: Any, path: Path, change: Change) -> Any:
     if isinstance(item, tuple | list) and isinstance(first, int):
         if first >= len(item):
             return item
-        items = [*item[:first], changed(item[first], rest, change), *item[first + 1 :]]
+        new = changed(item[first], rest, change, lent)
+        if isinstance(item, list) and lent is not None:
+            return _with(item, first, new, lent)
+        items = [*item[:first], new, *item[first + 1 :]]
         if isinstance(item, list):
             return items
         return type(item)(*items) if hasattr(item, "_fields") else tuple(items)
     if isinstance(item, MutableMapping):
         if first in item:
-            item[first] = changed(item[first], rest, change)
-        elif isinstance(first, int):
+            return _with(item, first, changed(item[first], rest, change, lent), lent)
+        if isinstance(first, int):
             raise _other_form(item, path)
         return item
     if isinstance(item, Mapping) and not isinstance(first, int):
-        return {key: changed(each, rest, change) if key == first else each for key, each in item.items()}
+        return {
+            key: changed(each, rest, change, lent) if key == first else each for key, each in item.items()
+        }
     if dataclasses.is_dataclass(item) and hasattr(item, str(first)):
-        object.__setattr__(item, str(first), changed(getattr(item, str(first)), rest, change))
-        return item
+        return _with(item, first, changed(getattr(item, str(first)), rest, change, lent), lent)
     raise _other_form(item, path)
+
+
+def _with(container: Any, key: Any, item: Any, lent: list[_Lent] | None) -> Any:
+    before = _get(container, key)
+    if item is not before:
+        _set(container, key, item)
+        if lent is not None:
+            lent.append(_Lent(container, key, before, item))
+    return container
 
 
 def _other_form(item: Any, path: Path) -> ValueError:
