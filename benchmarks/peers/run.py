@@ -75,9 +75,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=LEAST_ROUNDS, help="turns of each system (default 5)")
     parser.add_argument("--steps", type=int, help="counted steps of a turn (default: by shape)")
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds for one answer (default 300)")
-    parser.add_argument(
-        "--folder", type=Path, default=FOLDER, help="of the environment (default .peers)"
-    )
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="of the environment (default .peers)")
     parser.add_argument("--existing", action="store_true", help="use this interpreter's packages, build none")
     options = parser.parse_args(arguments)
     if min(options.tp) < 1 or options.rounds < 1 or (options.steps or 1) < 1 or options.timeout <= 0:

@@ -60,7 +60,7 @@ SHAPES = {
         Shape("llama", "llama", 4, 512, 8, 4, 1408, 8192, 256, 4, 3),
         Shape("gpt_64", "gpt", 4, 512, 8, 8, 2048, 8192, 64, 1, 6),
         Shape("llama_64", "llama", 4, 512, 8, 4, 1408, 8192, 64, 1, 6),
-        Shape("llama_1024", "llama", 4, 1024, 16, 8, 2816, 8192, 512, 2, 2),
+        Shape("llama_1024", "llama", 4, 1024, 16, 8, 2816, 8192, 512, 1, 2),
         Shape("tiny", "llama", 4, 64, 4, 4, 176, 512, 8, 1, 30),
         Shape("heads_9_3", "llama", 4, 576, 9, 3, 1536, 8192, 256, 1, 3),  # SmolLM2's heads and widths
     )
