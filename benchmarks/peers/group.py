@@ -40,6 +40,9 @@ class Ranks(Protocol):
             SystemFailure: if a rank raises, dies or is too late.
         """
 
+    def printed(self, start: str) -> list[str]:
+        """The different lines beginning so that the first rank has printed."""
+
     def close(self) -> None:
         """End whatever runs."""
 
@@ -147,6 +150,10 @@ class Group:
             with self._logs[rank].open("a") as log:
                 log.write(answer["trail"])
         return answer
+
+    def printed(self, start: str) -> list[str]:
+        lines = self._logs[0].read_text(errors="replace").splitlines()
+        return list(dict.fromkeys(line for line in lines if line.startswith(start)))
 
     def close(self) -> None:
         for process in self._processes:

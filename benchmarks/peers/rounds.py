@@ -24,6 +24,9 @@ LOSS_STEPS = 3
 UNCOUNTED = 1
 """Steps at the start of a turn that only bring back caches and pages, and are not counted."""
 
+SAID = "colrow: "
+"""How the lines begin in which colrow says what it has chosen: transport, matrix library."""
+
 
 @dataclass
 class Turn:
@@ -112,6 +115,7 @@ def run_case(
 def _begin(ranks: Ranks, outcome: Outcome) -> None:
     outcome.notes = ranks.ask("build")[0]["notes"]
     outcome.losses = ranks.ask("steps", count=LOSS_STEPS)[0]["losses"]
+    outcome.notes += [line.removeprefix(SAID) for line in ranks.printed(SAID)]
 
 
 def _take_turn(ranks: Ranks, outcome: Outcome, steps: int) -> None:

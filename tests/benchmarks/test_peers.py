@@ -64,6 +64,9 @@ class Pretended:
         common = {"cpu_total": 0.0, "losses": [self.loss] * count}
         return [first | common, second | common]
 
+    def printed(self, start: str) -> list[str]:
+        return [f"{start}something chosen"] if self.name.startswith("colrow") else []
+
     def close(self) -> None:
         self.closed = True
 
@@ -170,6 +173,7 @@ def test_ratios_are_taken_round_by_round() -> None:
     assert Spread.of([1.0, 2.0, 3.0, 4.0, 5.0]) == Spread(3.0, 2.0, 4.0)
     text = markdown({CASE: outcomes}, {"cores": 2})
     assert "| colrow / it |" in text
+    assert "- colrow: something chosen" in text
     assert "0.50 (0.50-0.50)" in text
 
 
@@ -423,5 +427,6 @@ def test_a_short_run(tmp_path: Path) -> None:
     assert losses["limit"] != pytest.approx(losses["single_1_thread"], rel=1e-2)  # so the comparison can fail
     assert len(measured["colrow"]["turns"]) == 2
     assert (tmp_path / "out" / "bars.png").read_bytes().startswith(b"\x89PNG")
+    assert any("ranks communicate" in note for note in measured["colrow"]["notes"])
     text = (tmp_path / "out" / "results.md").read_text()
     assert all(f"| {name} |" in text for name in names)
