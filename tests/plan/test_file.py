@@ -51,10 +51,11 @@ def test_a_file_for_126_layers_is_as_long_as_one_for_four() -> None:
 def test_the_file_can_be_edited() -> None:
     text = dumps(gpt2(2))
     assert text.startswith("# A plan of colrow")
-    line = "- {name: heads, cut: [3, 3]}"
+    line = "- {name: heads, cut: [3, 3], fitted: [3, 3]}"
     assert line in text
-    edited = loads(text.replace(line, "- {name: heads, cut: [4, 2]}"))
+    edited = loads(text.replace(line, "- {name: heads, cut: [4, 2], fitted: [3, 3]}"))
     assert edited.axes["heads"].cut.counts == (4, 2)
+    assert edited.axes["heads"].fitted == (3, 3), "the attribute split_size depends on it"
     text = text.replace("- repeat: 0-3", "- repeat: 0, 2-3", 1)
     assert "transformer.h.1.attn.c_attn.weight" not in loads(text).parameters
 

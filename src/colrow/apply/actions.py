@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Container, Iterable
+from collections.abc import Callable, Container, Iterable
 from typing import Any, cast
 
 import torch
@@ -48,11 +48,35 @@ from colrow.undo import Undo
 _SIZES = ("in_features", "out_features", "nf", "nx", "num_embeddings")
 
 
-class Applier:
-    """Does what ``plan`` says to ``model`` on one rank."""
+class Passed:
+    """Which places of a plan a model has passed since it was applied, in case somebody asks."""
 
-    def __init__(self, model: nn.Module, ranks: Communicator, plan: Plan) -> None:
-        self._model, self._ranks, self._plan = model, ranks, plan
+    def __init__(self) -> None:
+        self._expected: dict[Place, None] = {}
+        self._seen: set[Place] = set()
+
+    def watching(self, place: Place, change: Callable[..., Any]) -> Callable[..., Any]:
+        """The same change, which takes note that ``place`` was passed."""
+        self._expected[place] = None
+
+        def noting(*given: Any, **named: Any) -> Any:
+            self._seen.add(place)
+            return change(*given, **named)
+
+        return noting
+
+    def missing(self) -> list[Place]:
+        """The places that were not."""
+        return [place for place in self._expected if place not in self._seen]
+
+
+class Applier:
+    """Does what ``plan`` says to ``model`` on one rank; ``passed`` then knows what the model passes of it."""
+
+    def __init__(
+        self, model: nn.Module, ranks: Communicator, plan: Plan, passed: Passed | None = None
+    ) -> None:
+        self._model, self._ranks, self._plan, self._passed = model, ranks, plan, passed
         self._undo = Undo(model)
         self._modules, self._calls = ModuleTable(model), CallTable(model)
         self._region = RegionRandomness(ranks)
@@ -83,7 +107,9 @@ class Applier:
             self._localise(attribute)
         for integer in plan.integers:
             rank = self._ranks.rank
-            change = local_number(integer.given[rank], integer.values[rank], integer.place)
+            change = self._noted(
+                integer.place, local_number(integer.given[rank], integer.values[rank], integer.place)
+            )
             changes = self._calls.at(integer.place.module).at(integer.place.call)
             changes.integers.append((integer.place.path, change))
         for own in plan.randomness:
@@ -210,7 +236,7 @@ class Applier:
         assert isinstance(place, CallResult)
         cut = self._plan.axes[axis].cut
         changes = self._calls.at(place.module).at(place.call)
-        changes.replacement = lookup(self._ranks, cut, place.module)
+        changes.replacement = self._noted(place, lookup(self._ranks, cut, place.module))
 
     def _placed(self, path: str) -> dict[str, Any]:
         sharding = self._plan.parameters[f"{path}.weight"]
@@ -233,7 +259,11 @@ class Applier:
 
     # ---------------------------------------------------------------- values and numbers
 
+    def _noted(self, place: Place, change: Callable[..., Any]) -> Callable[..., Any]:
+        return change if self._passed is None else self._passed.watching(place, change)
+
     def _change(self, place: Place, change: Change) -> None:
+        change = self._noted(place, change)
         match place:
             case ModuleInput(module, path):
                 self._modules.at(module).change_input(path, change)

@@ -49,6 +49,7 @@ def check_plan(plan: Plan, model: nn.Module) -> dict[str, TensorLayout]:
         layout = layouts.get(partial.name)
         if layout is None or (layout.is_sharded and not layout.is_shared):
             raise PlanError(partial.name, "it is not a replicated or shared parameter of the model", _NEW)
+    _check_numbers(plan)
     for attribute in plan.attributes:
         _check_attribute(attribute, plan, modules)
     if plan.loss is not None:
@@ -57,6 +58,26 @@ def check_plan(plan: Plan, model: nn.Module) -> dict[str, TensorLayout]:
         if plan.loss.axis not in plan.axes:
             raise PlanError(plan.loss.logits, f"the plan has no axis {plan.loss.axis!r}", "Correct the plan.")
     return layouts
+
+
+def _check_numbers(plan: Plan) -> None:
+    """Numbers that were worked out for another cut would be wrong, some of them without an error."""
+    for axis in plan.axes.values():
+        if axis.fitted and axis.fitted != axis.cut.counts:
+            raise PlanError(
+                axis.name,
+                f"this axis is cut {list(axis.cut.counts)}, but the plan's attributes and integers were "
+                f"worked out for {list(axis.fitted)}",
+                "Derive the plan with share= in place of an edited cut, or edit these numbers too, and what "
+                "the axis is fitted to.",
+            )
+    for integer in plan.integers:
+        if not len(integer.given) == len(integer.values) == plan.ranks:
+            raise PlanError(
+                integer.place.module,
+                f"{integer.place} has {len(integer.values)} numbers for {plan.ranks} ranks",
+                "Correct the plan.",
+            )
 
 
 def _module(path: str, modules: dict[str, nn.Module]) -> nn.Module:

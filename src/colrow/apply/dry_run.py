@@ -10,19 +10,20 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from inspect import signature
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from colrow.apply.actions import Applier
+from colrow.apply.actions import Applier, Passed
 from colrow.collectives import Communicator
 from colrow.collectives.pending import Pending
 from colrow.collectives.statistics import CommStats
+from colrow.errors import PlanError
 from colrow.localise import arguments
 from colrow.plan import Gather, ModuleOutput, Plan
 from colrow.plan.selection import CannotPlaceError
 from colrow.plan.states import States
+from colrow.sources import short_path
 from colrow.trace import Example, Trace, TraceError, trace_together
 from colrow.trace.integers import TracedInt
 from colrow.trace.meta import meta_copy
@@ -80,17 +81,11 @@ def dry_run(
     Raises:
         CannotPlaceError: if the rank's model raises, or gives other shapes; names the axes of the module.
     """
-    copied, originals = meta_copy(model)
-    before = _own_forwards(copied)
-    Applier(copied, DryRanks(rank, plan.ranks), _without_loss(plan)).apply(gather_logits=True)
-    direct = _Direct()
-    for path, forward in _own_forwards(copied).items():
-        if forward is not before.get(path):
-            direct.watch(path, copied.get_submodule(path))
+    run = _Run(model, plan, rank)
     try:
-        found = trace_together(copied, examples, routing="guess", originals=originals)
+        found = run.record(examples)
     except Exception as error:
-        direct.refuse(states)
+        run.direct.refuse(states)
         if isinstance(error, TraceError):
             return f"the dry run was given up: {error}"
         path = getattr(error, "colrow_module", "")
@@ -98,8 +93,76 @@ def dry_run(
             f"on rank {rank} {path or 'the model'} raises {type(error).__name__}: {error}",
             *_operations(states.selection.trace, path),
         ) from error
-    direct.refuse(states)
+    run.direct.refuse(states)
+    for place in run.passed.missing():
+        raise states.selection.cannot(
+            f"the cut model does not pass {place}", *_operations(states.selection.trace, place.module)
+        )
     return _compare(found, states, plan, rank)
+
+
+def try_plan(model: nn.Module, examples: Mapping[str, Example], plan: Plan, rank: int) -> None:
+    """Record the model of ``rank`` under a plan that somebody has written or edited.
+
+    Args:
+        model: the original; not changed.
+        examples: calls of it, in all ways in which the plan is to be used.
+        plan: for ``model``.
+        rank: whose model is run.
+
+    Raises:
+        TraceError: if the model cannot be recorded.
+        PlanError: if the rank's model raises, does not pass a place at which the plan does something, or
+            gives a result of another shape than the original.
+    """
+    expected = trace_together(model, examples, routing="guess")
+    run = _Run(model, plan, rank)
+    try:
+        found = run.record(examples)
+    except TraceError:
+        raise
+    except Exception as error:
+        raise PlanError(
+            getattr(error, "colrow_module", ""),
+            f"under this plan rank {rank} raises {type(error).__name__}: {error}",
+            "Correct the plan, or derive a new one.",
+        ) from error
+    for place in run.passed.missing():
+        raise PlanError(
+            place.module,
+            f"the plan does something at {place}, which no example passes",
+            "Give an example that does, or derive a new plan: the code may have changed since.",
+        )
+    for (mode, whole), (_, part) in zip(expected.runs, found.runs, strict=True):
+        shapes = [[(path, value.shape) for path, value in one.outputs] for one in (whole, part)]
+        if shapes[0] != shapes[1]:
+            raise PlanError(
+                "",
+                f"under this plan rank {rank} gives {_texts(shapes[1])} in {mode}, the original "
+                f"{_texts(shapes[0])}",
+                "Correct the plan, or derive a new one.",
+            )
+
+
+def _texts(shapes: list[tuple[ItemPath, tuple[int, ...]]]) -> str:
+    return ", ".join(str(list(shape)) for _, shape in shapes)
+
+
+class _Run:
+    """One rank's model on the meta device, with a plan applied to it."""
+
+    def __init__(self, model: nn.Module, plan: Plan, rank: int) -> None:
+        self._model, self._originals = meta_copy(model)
+        self.direct, self.passed = _Direct(), Passed()
+        before = _own_forwards(self._model)
+        ranks = DryRanks(rank, plan.ranks)
+        Applier(self._model, ranks, _without_loss(plan), self.passed).apply(gather_logits=True)
+        for path, forward in _own_forwards(self._model).items():
+            if forward is not before.get(path):
+                self.direct.watch(path, self._model.get_submodule(path))
+
+    def record(self, examples: Mapping[str, Example]) -> Trace:
+        return trace_together(self._model, examples, routing="guess", originals=self._originals)
 
 
 def _own_forwards(model: nn.Module) -> dict[str, Callable[..., Any]]:
@@ -123,7 +186,7 @@ class _Direct:
         def watched(*arguments: Any, **keywords: Any) -> Any:
             caller = sys._getframe(1)
             if caller.f_code.co_filename != nn.Module._call_impl.__code__.co_filename:
-                self._found[path] = f"{Path(caller.f_code.co_filename).name}:{caller.f_lineno}"
+                self._found[path] = f"{short_path(caller.f_code.co_filename)}:{caller.f_lineno}"
             return forward(*arguments, **keywords)
 
         watched.__signature__ = signature(forward)  # type: ignore[attr-defined]

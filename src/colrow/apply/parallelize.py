@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
+import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from colrow.apply.actions import Applier
 from colrow.apply.check import check_plan
+from colrow.apply.dry_run import try_plan
 from colrow.apply.refusals import refuse_own_save
 from colrow.axes import Registry
-from colrow.collectives import communicator
+from colrow.collectives import Communicator, communicator
 from colrow.errors import PlanError
 from colrow.plan import HandPlan, Plan, derive_plan
 from colrow.replicas import check_equal_weights
@@ -32,6 +34,7 @@ def parallelize(
     share: Sequence[float] | None = None,
     forbid: Collection[str] = (),
     registry: Registry | None = None,
+    check: Example | Mapping[str, Any] | tuple[Any, ...] | None = None,
 ) -> nn.Module:
     """Cut ``model`` over the mesh's ``tp`` ranks, in place, and return it.
 
@@ -59,6 +62,8 @@ def parallelize(
         forbid: names of parameters, or of a plan's axes, that must stay whole.
         registry: the rules of operators, where the model has some of its own; see :func:`colrow.rule`. Not
             used with a plan.
+        check: with a plan that was edited, or made elsewhere: calls of the model with which to try it on the
+            meta device before anything is changed, in the forms that ``example`` may have.
 
     Raises:
         PlanError: if the plan does not fit the model or the mesh, or the ranks' weights differ.
@@ -80,11 +85,34 @@ def parallelize(
             "", f"the plan is for {plan.ranks} ranks, the mesh has {ranks.size}", "Make a new one."
         )
     layouts = check_plan(plan, model)  # all of it before anything is changed
+    if check is not None:
+        _try_on_all(model, plan, check, ranks, mesh.device_type)
     check_equal_weights(model, ranks)
     undo = Applier(model, ranks, plan).apply(logits == "gather")
     refuse_own_save(model)
     attach_state(model, ParallelState(mesh, ranks, plan, layouts, undo))
     return model
+
+
+def _try_on_all(
+    model: nn.Module,
+    plan: Plan,
+    check: Example | Mapping[str, Any] | tuple[Any, ...],
+    ranks: Communicator,
+    device: str,
+) -> None:
+    """Try the plan; if one rank's part of the model cannot run, all ranks raise."""
+    error: Exception | None = None
+    try:
+        try_plan(model, examples_of(check), plan, ranks.rank)
+    except Exception as caught:  # whatever it is, the others wait for this rank
+        error = caught
+    failed = torch.tensor([error is not None], dtype=torch.int32, device=device)
+    everyone = ranks.all_gather(failed, 0, label="try the plan").tolist()
+    if error is not None:
+        raise error
+    if any(everyone):
+        raise PlanError("", f"rank {everyone.index(1)} cannot run under this plan", "See its own error.")
 
 
 def examples_of(example: Example | Mapping[str, Any] | tuple[Any, ...]) -> dict[str, Example]:

@@ -20,6 +20,7 @@ from colrow.plan.borders import Borders, find_borders
 from colrow.plan.candidates import Candidate, find_candidates
 from colrow.plan.choose import choose, cut_of, key
 from colrow.plan.exits import Reductions, find_reductions
+from colrow.plan.fitted import fitted
 from colrow.plan.gradients import Summation, find_summations
 from colrow.plan.linear import Linearity
 from colrow.plan.lower import Actions, lower
@@ -191,7 +192,7 @@ class _Derivation:
         selection, actions = placed.selection, placed.actions
         parameters, buffers = self._shardings(selection)
         shapes = {name: tuple(one.shape) for name, one in _named_tensors(self._model)}
-        return Plan(
+        plan = Plan(
             ranks=self._ranks,
             axes={one.name: Axis(one.name, one.cut) for one in selection.chosen},
             parameters=parameters,
@@ -220,6 +221,7 @@ class _Derivation:
                 {name for name, one in self._model.named_parameters() if not one.requires_grad},
             ),
         )
+        return fitted(plan, selection)
 
     def _shardings(self, selection: Selection) -> tuple[dict[str, Sharding], dict[str, Sharding]]:
         """Of parameters and of buffers, tied ones under all their names."""

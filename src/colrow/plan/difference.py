@@ -13,7 +13,7 @@ from colrow.plan.text import columns, counts, shape
 if TYPE_CHECKING:
     from torch import nn
 
-    from colrow.plan.plan import Plan, Sharding
+    from colrow.plan.plan import Axis, Plan, Sharding
 
 SHOWN = 20
 """So many kinds of names are listed in an error."""
@@ -98,7 +98,7 @@ _LISTED = (
 
 
 def _named(plan: Plan) -> Iterable[dict[str, str]]:
-    yield {name: f"{axis.cut.units} units cut {counts(axis.cut.counts)}" for name, axis in plan.axes.items()}
+    yield {name: _axis(axis) for name, axis in plan.axes.items()}
     yield {name: _sharding(one) for name, one in plan.parameters.items()}
     yield {name: _sharding(one) for name, one in plan.buffers.items()}
     yield {f"{one.module or 'the model'}.{one.attribute}": counts(one.values) for one in plan.attributes}
@@ -138,6 +138,11 @@ def _listed(plan: Plan) -> Iterable[Sequence[str]]:
     )
     yield plan.holders
     yield plan.notes
+
+
+def _axis(axis: Axis) -> str:
+    text = f"{axis.cut.units} units cut {counts(axis.cut.counts)}"
+    return f"{text}, fitted to {counts(axis.fitted)}" if axis.fitted not in ((), axis.cut.counts) else text
 
 
 def _sharding(one: Sharding) -> str:

@@ -18,7 +18,8 @@ HEADER = """\
 # A plan of colrow: what is cut over the ranks of a tensor-parallel group, and what they exchange where.
 # colrow.Plan.load reads it, colrow.parallelize(model, mesh, plan) does what it says.
 #
-# axes         their units and how many of them each rank gets (cut); the counts may be edited
+# axes         their units and how many of them each rank gets (cut); the counts may be edited, but where
+#              attributes and integers were fitted to them, only together with these
 # parameters,  by name: the axis, the dimension that is cut, and how the axis's units lie in it:
 # buffers      "1x32x128" are 32 units of 128 indices; "outer x units x inner", parts one after the other
 # entries      values that enter what is cut: all-reduce in the backward pass

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from torch import nn
@@ -189,6 +189,9 @@ class _Resolver:
                 f"no axis can be cut over {self.ranks} ranks: " + "; ".join(self.whole.values()),
                 "Use fewer ranks.",
             )
+        for axis in self.spec.attributes.values():
+            if axis in self.axes:
+                self.axes[axis] = replace(self.axes[axis], fitted=self.axes[axis].cut.counts)
         return Plan(
             ranks=self.ranks,
             axes=self.axes,

@@ -25,10 +25,13 @@ class Axis:
     Attributes:
         name: such as ``heads``, ``mlp`` or ``vocab``.
         cut: how its units are divided over the ranks.
+        fitted: the counts of the cut for which the plan's attributes and integers were worked out; empty if
+            none depends on the axis.
     """
 
     name: str
     cut: Cut
+    fitted: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
