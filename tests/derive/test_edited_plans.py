@@ -135,3 +135,21 @@ def test_saved(tmp_path: Path) -> None:
     plan.save(tmp_path / "plan.yaml")
     assert Plan.load(tmp_path / "plan.yaml") == plan
     assert {axis.name: axis.fitted for axis in plan.axes.values()} == {"features_2": (2, 2), "features": ()}
+
+
+class Normalised(nn.Module):
+    """What its width is normalised over stands in a note, with the place in torch's code."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.matrices = nn.LayerNorm(WIDTH), Matrices()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.matrices(self.norm(x))
+
+
+def test_files_do_not_depend_on_where_things_are_installed() -> None:
+    text = _text(Normalised)
+    assert "(aten.native_layer_norm in norm, torch/nn/modules/normalization.py:" in text
+    for folder in (Path(torch.__file__).parents[1], Path(__file__).parents[2]):
+        assert str(folder) not in text

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from colrow.sources import short_path
 from colrow.trace import TraceError, trace
 
 
@@ -73,7 +74,7 @@ def test_reads_of_unknown_data(function: Callable[..., Any]) -> None:
     line = next(number for number, text in enumerate(lines, 1) if text.endswith(f"# {function.__name__}"))
     with pytest.raises(TraceError) as raised:
         trace(Outer(function), (torch.ones(4, 4),))
-    assert raised.value.place == f"{__file__}:{line} in {function.__name__}"
+    assert raised.value.place == f"{short_path(__file__)}:{line} in {function.__name__}"
     assert raised.value.module == "inner"
     assert "torch.where" in raised.value.remedy
     assert str(pickle.loads(pickle.dumps(raised.value))) == str(raised.value)

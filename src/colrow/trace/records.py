@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from colrow.sources import short_path
 from colrow.trace.integers import Expression
 
 SourceKind = Literal["parameter", "buffer", "input", "constant", "result"]
@@ -116,7 +117,7 @@ class CallSite:
         return self.code.co_firstlineno
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.line} in {self.code.co_name}"
+        return f"{short_path(self.file)}:{self.line} in {self.code.co_name}"
 
 
 @dataclass(eq=False, slots=True)
