@@ -27,7 +27,7 @@ native = Extension(
     [str(NATIVE / name) for name in SOURCES],
     depends=[str(header) for header in sorted(NATIVE.glob("*.h"))],
     # -O3 vectorises; contraction into fused operations would make sums depend on the processor
-    extra_compile_args=["-std=c11", "-O3", "-ffp-contract=off", "-fvisibility=hidden", "-pthread"],
+    extra_compile_args=["-std=c11", "-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden", "-pthread"],
     extra_link_args=["-pthread"],
     optional=True,
 )

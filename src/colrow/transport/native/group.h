@@ -41,7 +41,8 @@ typedef struct group {
   uint32_t seen[STAGES][MAX_RANKS]; /* flags as last read: a wait that they satisfy touches no shared line */
   char *stage[MAX_RANKS], *results[MAX_RANKS];
   size_t one_shot_bytes; /* up to here every rank sums everything itself */
-  int64_t spin_ns, yield_ns; /* how long a wait spins, then yields, before it sleeps */
+  int64_t spin_ns, yield_ns; /* how long a wait spins, then yields, before it sleeps: at most */
+  int64_t patience_ns;       /* both together, as learned from the waits so far */
   double timeout;            /* seconds */
   /* called about ten times per second while a wait sleeps and when a signal comes; nonzero ends the wait */
   int (*tick)(struct group *);

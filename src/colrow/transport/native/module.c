@@ -209,6 +209,7 @@ static PyObject *new_group(PyTypeObject *type, PyObject *arguments, PyObject *ke
   self->group.one_shot_bytes = (size_t)one_shot_bytes;
   self->group.spin_ns = (int64_t)(spin * 1e9);
   self->group.yield_ns = (int64_t)(yield * 1e9);
+  self->group.patience_ns = self->group.spin_ns + self->group.yield_ns;
   self->group.tick = tick;
   self->group.owner = self;
   self->tick = Py_NewRef(called);

@@ -107,33 +107,45 @@ static enum outcome sleep_until(group_t *group, flag_t *flag, int rank, uint32_t
   return outcome;
 }
 
+/* Keeping the processor pays if the others come soon. Where waits turn out to be long, because the ranks'
+ * work differs or other programs have the processors, it is given up early: a rank that sleeps is run at
+ * once when it is woken, one that has used up its time is not. */
+static void learn(group_t *group, int64_t waited_ns) {
+  int64_t most = group->spin_ns + group->yield_ns, least = most / 16;
+  int64_t patience = waited_ns <= most ? group->patience_ns * 2 : group->patience_ns / 2;
+  group->patience_ns = patience > most ? most : patience < least ? least : patience;
+}
+
+static enum outcome over(group_t *group, enum stage stage, int rank, uint32_t rounds, int64_t begin) {
+  group->seen[stage][rank] = rounds;
+  learn(group, now_ns() - begin);
+  return DONE;
+}
+
 enum outcome wait_slowly(group_t *group, enum stage stage, int rank, uint32_t needed) {
   flag_t *flag = &group->header->members[rank].flags[stage];
   uint32_t rounds;
-  int64_t begin = now_ns(), spin_until = begin + group->spin_ns;
+  int64_t begin = now_ns(), patience = group->patience_ns;
+  int64_t spin_until = begin + (patience < group->spin_ns ? patience : group->spin_ns);
   do {
     for (int spin = 0; spin < SPINS_PER_LOOK; spin++) {
       rounds = atomic_load_explicit(&flag->rounds, memory_order_acquire);
       if (has_reached(rounds, needed)) {
         group->spins++;
-        group->seen[stage][rank] = rounds;
-        return DONE;
+        return over(group, stage, rank, rounds, begin);
       }
       RELAX();
     }
   } while (now_ns() < spin_until);
-  int64_t yield_until = now_ns() + group->yield_ns;
-  while (now_ns() < yield_until) {
+  while (group->yield_ns && now_ns() < begin + patience) {
     sched_yield();
     rounds = atomic_load_explicit(&flag->rounds, memory_order_acquire);
     if (has_reached(rounds, needed)) {
       group->yields++;
-      group->seen[stage][rank] = rounds;
-      return DONE;
+      return over(group, stage, rank, rounds, begin);
     }
   }
   group->sleeps++;
   TRY(sleep_until(group, flag, rank, needed, &rounds));
-  group->seen[stage][rank] = rounds;
-  return DONE;
+  return over(group, stage, rank, rounds, begin);
 }

@@ -1,0 +1,192 @@
+"""How long collectives between the ranks of one host take: through gloo, and through shared memory.
+
+    OMP_NUM_THREADS=1 python benchmarks/collectives.py --ranks 2 --json collectives.json
+
+Three ways to the same collective are timed in one run, in turns: gloo, torch.distributed on colrow's backend
+(the same call, through shared memory), and the direct path that colrow's own collectives take. Per size and
+way there are several blocks of calls; what is quoted is the median call of the fastest block, because on a
+machine with other work most blocks measure that work. The medians of all blocks are in the JSON file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+import colrow
+from colrow.launch import launch
+from colrow.transport import share_memory
+
+WAYS = ("gloo", "c10d", "direct")
+OPERATIONS = ("all_reduce", "all_gather", "reduce_scatter")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+SIZES = tuple(4096 * 4**power for power in range(8))
+"""Bytes: 4 KB to 64 MB."""
+TARGETS = ((4 << 20, 20.0), (64 << 20, 8.0))
+"""How much faster than gloo the direct all-reduce of two ranks has to be, up to a size in bytes."""
+BLOCK_BYTES = 32 << 20
+"""What a block of calls moves, at most 200 calls and at least 3; gloo, of which a tenth, would take long."""
+
+
+def measure(ranks: int, operations: list[str], sizes: list[int], rounds: int) -> list[dict[str, Any]]:
+    """In each rank: a row per operation, dtype and size, with the medians in seconds of every block."""
+    colrow.init_mesh(tp=ranks, device="cpu", timeout=300)
+    gloo = dist.new_group(backend="gloo")
+    assert dist.group.WORLD is not None
+    shared = share_memory(dist.group.WORLD)
+    if shared is None:
+        raise RuntimeError("there is no shared memory to be measured: see the line above")
+    rows = []
+    for operation in operations:
+        for name, dtype in DTYPES.items():
+            for size in sizes:
+                calls = _calls(
+                    operation, torch.zeros(size // dtype.itemsize, dtype=dtype), ranks, gloo, shared
+                )
+                blocks: dict[str, list[float]] = {way: [] for way in WAYS}
+                number = max(3, min(200, BLOCK_BYTES // size))
+                for round_ in range(rounds + 1):
+                    for way in WAYS:
+                        seconds = _block(calls[way], max(3, number // 10) if way == "gloo" else number)
+                        if round_:  # the first one warms
+                            blocks[way].append(seconds)
+                rows.append({"operation": operation, "dtype": name, "bytes": size, "blocks": blocks})
+    return rows
+
+
+def _block(call: Callable[[], object], number: int) -> float:
+    """Median seconds of a call, all ranks beginning together."""
+    dist.barrier()
+    seconds = []
+    for _ in range(number):
+        begin = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - begin)
+    return statistics.median(seconds)
+
+
+def _calls(
+    operation: str, tensor: torch.Tensor, ranks: int, gloo: dist.ProcessGroup, shared: Any
+) -> dict[str, Callable[[], object]]:
+    """The ways to one collective on this tensor: reduced in place, gathered from, or scattered."""
+    whole = tensor.new_zeros(tensor.numel() * ranks) if operation == "all_gather" else tensor
+    part = torch.zeros_like(tensor.chunk(ranks)[0])
+    if operation == "all_reduce":
+        return {
+            "gloo": lambda: dist.all_reduce(tensor, group=gloo),
+            "c10d": lambda: dist.all_reduce(tensor),
+            "direct": lambda: shared.all_reduce(tensor, tensor),
+        }
+    if operation == "all_gather":
+        return {
+            "gloo": lambda: dist.all_gather_into_tensor(whole, tensor, group=gloo),
+            "c10d": lambda: dist.all_gather_into_tensor(whole, tensor),
+            "direct": lambda: shared.all_gather(tensor, whole),
+        }
+    return {
+        "gloo": lambda: dist.reduce_scatter_tensor(part, tensor, group=gloo),
+        "c10d": lambda: dist.reduce_scatter_tensor(part, tensor),
+        "direct": lambda: shared.reduce_scatter(tensor, part),
+    }
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows with the microseconds of each way's fastest block, and by how much each is faster than gloo."""
+    results = []
+    for row in rows:
+        fastest = {way: min(blocks) * 1e6 for way, blocks in row["blocks"].items()}
+        times = {f"{way}_faster": fastest["gloo"] / fastest[way] for way in WAYS if way != "gloo"}
+        results.append({**row, "microseconds": fastest, **times})
+    return results
+
+
+def missed(results: Sequence[dict[str, Any]], ranks: int) -> list[str]:
+    """Targets that were not met, in words."""
+    lines = []
+    for row in results:
+        target = next(factor for limit, factor in TARGETS if row["bytes"] <= limit)
+        if ranks == 2 and row["operation"] == "all_reduce" and row["direct_faster"] < target:
+            lines.append(
+                f"{row['dtype']} {_size(row['bytes'])}: {row['direct_faster']:.1f} times, not {target:g}"
+            )
+    return lines
+
+
+def table(results: Sequence[dict[str, Any]], ranks: int) -> Table:
+    """Microseconds per call, and how many times faster than gloo."""
+    shown = Table(
+        title=f"{ranks} ranks, µs per call (times faster than gloo)",
+        box=box.SIMPLE_HEAVY,
+        title_justify="left",
+    )
+    for name in ("", "", ""):
+        shown.add_column(name, no_wrap=True)
+    for name in ("gloo", "torch.distributed on shm", "direct"):
+        shown.add_column(name, justify="right", no_wrap=True)
+    for row in results:
+        times = row["microseconds"]
+        shown.add_row(
+            row["operation"],
+            row["dtype"],
+            _size(row["bytes"]),
+            f"{times['gloo']:.1f}",
+            *(f"{times[way]:.1f} ({row[f'{way}_faster']:.1f})" for way in ("c10d", "direct")),
+        )
+    return shown
+
+
+def _size(size: int) -> str:
+    return f"{size >> 20} MB" if size >= 1 << 20 else f"{size >> 10} KB"
+
+
+def main(arguments: list[str]) -> int:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description="Collectives through gloo and through shared memory.")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=9, help="blocks of each way (default: 9)")
+    parser.add_argument("--operations", nargs="+", choices=OPERATIONS, default=["all_reduce"])
+    parser.add_argument("--largest", type=int, default=SIZES[-1], help="bytes of the largest tensor")
+    parser.add_argument("--json", type=Path, help="write all numbers to this file")
+    options = parser.parse_args(arguments)
+    sizes = [size for size in SIZES if size <= options.largest]
+    task = {
+        "ranks": options.ranks,
+        "operations": options.operations,
+        "sizes": sizes,
+        "rounds": options.rounds,
+    }
+    module = __spec__.name if __spec__ else Path(__file__).stem
+    results = summary(launch(f"{module}:measure", task, options.ranks, timeout=600))
+    console = Console()
+    console.print(table(results, options.ranks))
+    not_met = missed(results, options.ranks)
+    for line in not_met:
+        console.print(f"missed: {line}")
+    if options.ranks == 2 and "all_reduce" in options.operations and not not_met:
+        console.print("Both targets are met: 20 times to 4 MB, 8 times to 64 MB.")
+    if options.json:
+        record = {
+            "options": task,
+            "environment": {"torch": torch.__version__, "python": platform.python_version()},
+            "targets": TARGETS,
+            "results": results,
+        }
+        options.json.write_text(json.dumps(record, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
