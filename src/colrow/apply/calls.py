@@ -9,8 +9,10 @@ from __future__ import annotations
 import copy
 import sys
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from inspect import signature
 from types import CodeType, FunctionType
 from typing import Any
@@ -18,15 +20,20 @@ from typing import Any
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from colrow.apply.replay import Replaying
 from colrow.apply.values import Change
 from colrow.errors import PlanError
 from colrow.localise.arguments import replaced
 from colrow.plan.places import Call, Path
 from colrow.trace.functions import opened
+from colrow.trace.listening import FUNCTIONS, Proceed, listening
 from colrow.trace.sites import call_site
 from colrow.tracer import outside_of_graphs
 
 Replacement = Callable[..., Any]
+
+_APPLY = "apply"
+"""By this name autograd functions are called."""
 
 
 @dataclass
@@ -141,9 +148,19 @@ class _Forward:
 
     def _forward(self, *arguments: Any, **keywords: Any) -> Any:
         self._mode.passes.clear()
+        with self._changing(self._mode):
+            return self._original(*arguments, **keywords)
+
+    @contextmanager
+    def _changing(self, mode: _Mode) -> Iterator[None]:
+        """Calls are changed in this context, and when what is checkpointed in it is recomputed."""
         try:
-            with self._mode:
-                return self._original(*arguments, **keywords)
+            with mode, Replaying(lambda: partial(self._changing, mode.as_now())):
+                if mode.changes_functions:
+                    with listening(FUNCTIONS, mode.function):
+                        yield
+                else:
+                    yield
         finally:
             for action in self._after:
                 action()
@@ -164,6 +181,20 @@ class _Mode(TorchFunctionMode):
                     passes[occurrence] = passes[occurrence].with_(every)
         self._codes: dict[int, tuple[CodeType, str]] = {}
         self._opened = any(call.source == "torch.nn.functional" for call in changes)
+        self.changes_functions = _APPLY in self._names
+
+    def as_now(self) -> _Mode:
+        """Another one, for which as many passes of each call lie behind as for this one now."""
+        other = copy.copy(self)
+        other.passes = self.passes.copy()
+        return other
+
+    def function(self, given: tuple[Any, ...], keywords: dict[str, Any], proceed: Proceed) -> Any:
+        """A call of an autograd function, which no mode sees; the first argument is its class."""
+        changes = self._find(given[0].apply)
+        if changes is None:
+            return proceed(*given, **keywords)
+        return changes.call(partial(proceed, given[0]), given[1:], keywords)
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -9,7 +9,8 @@ import torch
 from colrow.axes.factor import Factor, Reason
 from colrow.axes.result import Axes, Axis
 from colrow.trace.content import reads_data
-from colrow.trace.records import Operation, Value
+from colrow.trace.records import Operation, Value, WrittenGradient
+from colrow.trace.written import judge, reason, whole_dimensions
 
 #: Batches and sequences of a trace are tiny: volumes are compared as if they were this many times longer.
 DATA_SCALE = 128
@@ -32,6 +33,8 @@ def find_axes(axes: Axes) -> list[Axis]:
     volumes = Volumes(axes)
     for operation in axes.trace.operations:
         _collect_operation(axes, operation, found, volumes)
+    for written in judge(axes.trace, axes.unknown):
+        _collect_written(axes, written, found)
     outputs = {atom.index for _, value in axes.trace.outputs for atom in axes.atoms(value)}
     for axis in found.values():
         if not (axis.contractions or axis.losses or axis.lookups or axis.index in outputs):
@@ -75,6 +78,14 @@ def _collect_operation(axes: Axes, operation: Operation, found: dict[int, Axis],
                 _forbid(axis, f"{name} together with parts that would stay whole", operation)
             if mark is marks.contracted and volumes.are_scores(operation):
                 _forbid(axis, "its partial sums would be attention scores", operation)
+
+
+def _collect_written(axes: Axes, written: WrittenGradient, found: dict[int, Axis]) -> None:
+    operation = axes.trace.operations[written.first] if written.first < written.last else None
+    for value, dimension in whole_dimensions(written):
+        factor = axes.dimensions(value)[dimension]
+        for atom in axes.atoms_of(factor) if factor.size > 1 else ():
+            _forbid(found[atom.index], reason(written), operation)
 
 
 def _carriers(axes: Axes, mark: dict[int, list[Factor]], operation: Operation, atom: Factor) -> list[Factor]:

@@ -5,6 +5,7 @@ computes the contribution of its part. Such a contribution may flow on, through 
 values, to where it costs least to sum it: the gradients of queries, keys and values meet in what all three
 are computed from, those of attention and feed-forward of a parallel block in the block's input. It must be
 summed before it meets a gradient that is whole already, and a parameter on its way gets a partial gradient.
+A gradient that the program writes itself (:mod:`colrow.trace.written`) may need the sum.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from colrow.axes.legality import Volumes
 from colrow.plan.exits import Reductions, paths_of
 from colrow.plan.linear import operation_argument
 from colrow.plan.states import States
+from colrow.plan.written import WrittenGradients
 from colrow.trace.records import FunctionCall, Operation, Value
 
 #: What a collective costs however small it is, in elements.
@@ -107,12 +109,14 @@ class _Search:
         self._states, self._reductions, self._hidden = states, reductions, hidden
         self._selection = states.selection
         self._volumes = Volumes(self._selection.axes)
+        self._written = WrittenGradients(states, reductions)
         self._nodes: dict[int, _Node] = {}
         self._order: list[_Node] = []
         self._visible: dict[int, float] = {}
         self._stops: set[int] = set()
 
     def run(self) -> list[Summation]:
+        self._written.check()
         self._find_visible()
         self._make_nodes()
         # what is summed at a value does not flow on: once that is known, others may be better off without it
@@ -153,7 +157,8 @@ class _Search:
         outputs = {value.index for _, root in trace.runs for _, value in root.outputs}
         interesting = self._near_parts()
         for value in trace.values:
-            if value.differentiable and not self._states.is_local(value) and value.index in interesting:
+            followed = value.differentiable and not self._written.is_inside(value)
+            if followed and not self._states.is_local(value) and value.index in interesting:
                 self._nodes[value.index] = self._node(value, value.index in outputs)
         self._order = sorted(
             self._nodes.values(), key=lambda node: (written.get(node.value.index, -1), node.value.index)
@@ -185,10 +190,11 @@ class _Search:
         partial = value.index in self._reductions.partial
         derived = can_pass = False
         if producer is not None:
-            local = any(self._states.is_local(one) for one in producer.inputs)
+            local = any(self._states.is_local(one) for one in self._written.given(value))
             looked_up = self._selection.looks_up(producer)
             derived = local and not partial and not looked_up and not self._states.made_local(value)
             can_pass = not partial and not self._states.made_local(value) and (derived or not local)
+            can_pass = can_pass and not self._written.needs_sum(value)
         return _Node(value, edges, self._cost(value), derived, can_pass, is_output)
 
     def _cost(self, value: Value) -> float:
@@ -199,7 +205,8 @@ class _Search:
     def _edges(self, value: Value, operation: Operation) -> list[_Edge]:
         if value in operation.outputs:
             return []  # written in place: what it held before has no other gradient
-        results = [one for one in operation.outputs if one.differentiable]
+        made = self._written.made(value, operation)
+        results = [one for one in made if one.differentiable]
         if not results or self._selection.looks_up(operation):
             return []
         if operation in self._states.slices.get(value.index, ()):
@@ -262,8 +269,7 @@ class _Search:
 
     def _siblings(self, node: _Node) -> list[_Node]:
         """The results of the operator that made it, itself included: their gradients go into it together."""
-        producer = node.value.producer
-        found = [] if producer is None else [self._nodes.get(value.index) for value in producer.outputs]
+        found = [self._nodes.get(value.index) for value in self._written.together(node.value)]
         return [one for one in found if one is not None and (one.is_used or one is node)] or [node]
 
     def _total(self, places: frozenset[int]) -> float:
@@ -308,10 +314,8 @@ class _Search:
         return node.is_visible and (node.accepts or node.value.index in forced.accept)
 
     def _sources(self, node: _Node) -> list[_Node]:
-        producer = node.value.producer
-        if producer is None:
-            return []
-        found = (self._nodes.get(value.index) for value in producer.inputs if value is not node.value)
+        given = self._written.given(node.value)
+        found = (self._nodes.get(value.index) for value in given if value is not node.value)
         return [one for one in found if one is not None]
 
     def _check_purity(self, forced: _Forced) -> bool:
@@ -342,6 +346,10 @@ class _Search:
                 everywhere = False
         if not partial:
             return None
+        if self._written.is_shown(node.value):
+            raise self._selection.cannot(
+                "a hook would be shown a part of a sum of gradients", partial[0], node.value
+            )
         operations = {operation.index: operation for operation in partial}
         return Summation(node.value, tuple(operations.values()), everywhere)
 

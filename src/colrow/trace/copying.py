@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from colrow.trace.integers import Attribute, Expression, Size, TracedInt, substitute
 from colrow.trace.recorder import Recorder
-from colrow.trace.records import Escape, FunctionCall, ModuleCall, Operation, Value
+from colrow.trace.records import Escape, FunctionCall, ModuleCall, Operation, Value, WrittenGradient
 from colrow.trace.tree import map_leaves
 
 
@@ -23,6 +23,7 @@ class Position:
     calls: int
     modules: int
     escapes: int
+    written: int
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,8 @@ class Copy:
         for escape in trace.escapes[first.escapes : last.escapes]:
             inside = self.modules[escape.module.index] if escape.module is not None else None
             trace.escapes.append(Escape(self._moved(escape.expression), escape.use, inside, escape.site))
+        for written in trace.written[first.written : last.written]:
+            self._copy_written(written)
         return Copied(map_leaves(self.template.result, self._result))
 
     def _copy_values(self, originals: list[Value]) -> None:
@@ -169,6 +172,18 @@ class Copy:
                 value.producer = new
         for value in new.inputs:
             value.uses.append(new)
+
+    def _copy_written(self, old: WrittenGradient) -> None:
+        new = replace(
+            old,
+            inputs=tuple(map(self._value, old.inputs)),
+            outputs=tuple(map(self._value, old.outputs)),
+            module=self.modules[old.module.index] if old.module is not None else None,
+            first=old.first + self.shift,
+            last=old.last + self.shift,
+            copied=True,
+        )
+        self.recorder.trace.written.append(new)
 
     def _value(self, value: Value) -> Value:
         return self.values.get(value.index, value)

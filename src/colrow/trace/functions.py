@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from colrow.trace.hooks import HOOKS, hooked
 from colrow.trace.integers import Expression, Size, TracedInt
 from colrow.trace.recorder import Recorder
 from colrow.trace.records import FunctionCall, Operation
@@ -24,7 +25,7 @@ _POSITIONS = ("aten::arange", "aten::linspace", "aten::range", "aten::logspace")
 """Operators whose numbers are extents of their result."""
 
 
-def _is_vectorised() -> bool:
+def is_vectorised() -> bool:
     """Whether ``torch.vmap`` or another transform runs, whose tensors stand for one of many."""
     return torch._C._functorch.peek_interpreter_stack() is not None
 
@@ -43,6 +44,32 @@ def opened(function: Callable[..., Any]) -> Callable[..., Any] | None:
     return FunctionType(body, globals_, function.__name__, function.__defaults__)
 
 
+def begin_call(
+    recorder: Recorder, function: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any]
+) -> FunctionCall:
+    """The record of a call that is about to happen."""
+    assert recorder.module is not None
+    return FunctionCall(
+        len(recorder.trace.calls),
+        function,
+        recorder.snapshot(arguments),
+        recorder.snapshot(keywords),
+        recorder.module,
+        call_site(function),
+        user_site(),
+        len(recorder.trace.operations),
+    )
+
+
+def end_call(recorder: Recorder, call: FunctionCall, result: Any) -> None:
+    """Complete the record of a call that has given ``result``."""
+    call.outputs = recorder.snapshot(result)
+    call.last = len(recorder.trace.operations)
+    place = (call.module.index, id(call.site.code), call.site.instruction)
+    call.occurrence = recorder.occurrences[place]
+    recorder.occurrences[place] += 1
+
+
 class FunctionMode(TorchFunctionMode):
     """Records calls of torch functions."""
 
@@ -55,9 +82,14 @@ class FunctionMode(TorchFunctionMode):
     ) -> Any:
         keywords = kwargs or {}
         recorder = self.recorder
-        if recorder.paused or recorder.call is not None or _is_vectorised():
+        inside = recorder.call is not None and recorder.call is not recorder.custom
+        if recorder.paused or inside or is_vectorised():
             return function(*args, **keywords)
         name = getattr(function, "__name__", "")
+        if name in HOOKS and args and isinstance(args[0], Tensor):
+            handle = function(*args, **keywords)
+            hooked(recorder, args[0])
+            return handle
         if name in ("__get__", "size", "numel", "nelement"):
             size = self._size(function, name, args, keywords)
             if size is not None:
@@ -79,32 +111,25 @@ class FunctionMode(TorchFunctionMode):
     def _call(self, function: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
         recorder = self.recorder
         trace = recorder.trace
-        assert recorder.module is not None
-        call = FunctionCall(
-            len(trace.calls),
-            function,
-            recorder.snapshot(arguments),
-            recorder.snapshot(keywords),
-            recorder.module,
-            call_site(function),
-            user_site(),
-            len(trace.operations),
-        )
-        trace.calls.append(call)
-        recorder.call = call
+        outer, custom = recorder.call, recorder.custom
+        call = begin_call(recorder, function, arguments, keywords)
+        if outer is None:
+            trace.calls.append(call)
+            recorder.call = call
+        # what the code of a program's own function calls is part of the call of that function: nothing can be
+        # changed there, for its backward would not know
+        recorder.custom = None
         try:
             result = function(*arguments, **keywords)
         finally:
-            recorder.call = None
+            recorder.call, recorder.custom = outer, custom
         call.last = len(trace.operations)
-        if call.last == call.first:
-            trace.calls.pop()
-            return result
-        written = getattr(function, "__name__", "") == "__setitem__"
-        call.outputs = recorder.snapshot(arguments[0] if written else result)
-        place = (recorder.module.index, id(call.site.code), call.site.instruction)
-        call.occurrence = recorder.occurrences[place]
-        recorder.occurrences[place] += 1
+        if outer is None:
+            if call.last == call.first:
+                trace.calls.pop()
+                return result
+            written = getattr(function, "__name__", "") == "__setitem__"
+            end_call(recorder, call, arguments[0] if written else result)
         self._numeric_uses(call)
         return result
 

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 from torch.distributions import Distribution
 
+from colrow.trace.hooks import refuse_old_hooks
 from colrow.trace.integers import TracedInt
 from colrow.trace.recorder import Recorder
 from colrow.trace.records import ModuleCall
@@ -49,8 +50,14 @@ def recorded_modules(recorder: Recorder, repeater: Repeater) -> Iterator[None]:
         before = repeater.before(module, (arguments, keywords))
         outer_call, recorder.module, recorder.call = recorder.call, record, None
         try:
-            result = original(module, *arguments, **keywords)
-            record.outputs = recorder.values_by_path(result)
+            refuse_old_hooks(recorder, module)
+            with _noting_return(recorder, module, record):
+                result = original(module, *arguments, **keywords)
+            # what a plan changes is changed where the forward ends, before any hooks
+            record.outputs = [
+                (each, recorder.unhooked.get(value.index, value))
+                for each, value in recorder.values_by_path(result)
+            ]
         except BaseException:
             recorder.failed_in = recorder.failed_in or path
             raise
@@ -66,6 +73,24 @@ def recorded_modules(recorder: Recorder, repeater: Repeater) -> Iterator[None]:
         yield
     finally:
         nn.Module.__call__ = original  # type: ignore[method-assign]
+
+
+@contextmanager
+def _noting_return(recorder: Recorder, module: nn.Module, record: ModuleCall) -> Iterator[None]:
+    """The recorder knows in this context when the module's forward is over and its forward hooks begin."""
+    if not module._forward_hooks:
+        yield
+        return
+
+    def note(*_: Any) -> None:
+        recorder.returned = record
+
+    handle = module.register_forward_hook(note, prepend=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+        recorder.returned = None
 
 
 @contextmanager

@@ -30,11 +30,14 @@ class Recorder:
         table: its values by tensor.
         routing: whether to guess which experts are chosen.
         module, call: the module and function call that run now.
+        custom: the call, if it is that of a ``torch.autograd.Function``, whose code is the program's.
         failed_in: path of the module whose forward raised.
         paused: nothing is recorded while this is true.
         unrecorded: what records an operator by the ``id`` of its result; called when the result is used.
         occurrences: how often each place (module call, code, instruction) was passed.
         gradients: which values carry one.
+        returned: the module call that runs, once its forward is over and only its hooks are left.
+        unhooked: what the forward of a module returned by the index of what hooks made of it.
         imagination: made-up content, where ``routing`` is to be guessed.
     """
 
@@ -46,9 +49,12 @@ class Recorder:
         self.imagination = Imagination()
         self.module: ModuleCall | None = None
         self.call: FunctionCall | None = None
+        self.custom: FunctionCall | None = None
         self.paused = False
         self.failed_in = ""
         self.unrecorded: dict[int, Callable[[], None]] = {}
+        self.returned: ModuleCall | None = None
+        self.unhooked: dict[int, Value] = {}
         self.occurrences: dict[tuple[int, int, int], int] = defaultdict(int)
 
     @contextmanager

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from colrow.sources import short_path
+from colrow.trace.derivative import Finding, Trial
 from colrow.trace.integers import Expression
 
 SourceKind = Literal["parameter", "buffer", "input", "constant", "result"]
+WrittenKind = Literal["function", "operator", "hook", "parameter hook"]
 
 
 @dataclass(frozen=True)
@@ -212,6 +214,38 @@ class Escape:
         return f"{self.use} of {self.expression} = {self.expression.value} at {self.site}"
 
 
+@dataclass(eq=False, slots=True)
+class WrittenGradient:
+    """A gradient that the program writes or reads itself: what autograd would make of the operators may not
+    be what happens.
+
+    Attributes:
+        name: what does it, for people.
+        kind: a ``function`` of the program (``torch.autograd.Function``), a custom ``operator``, a ``hook``
+            that is shown the gradient, or a ``parameter hook``, which was there before.
+        inputs, outputs: the values between which it stands; those of a hook on a value are the value before
+            and after, those of a hook on a parameter the parameter alone.
+        module: the module call it happened in; ``None`` for hooks that were there before.
+        first, last: its operators are ``trace.operations[first:last]``.
+        site: the innermost place outside torch, for people.
+        trial: how to find out what it does; ``None`` for hooks.
+        finding: what was found out, by :func:`colrow.trace.written.judge`.
+        copied: whether its record was copied from that of a sibling of its layer.
+    """
+
+    name: str
+    kind: WrittenKind
+    inputs: tuple[Value, ...]
+    outputs: tuple[Value, ...]
+    module: ModuleCall | None
+    first: int
+    last: int
+    site: CallSite | None = None
+    trial: Trial | None = None
+    finding: Finding | None = None
+    copied: bool = False
+
+
 @dataclass(eq=False)
 class Trace:
     """One run of a model on meta tensors, or several runs of one model.
@@ -224,6 +258,7 @@ class Trace:
         warnings: what had to be guessed, for people.
         guessed: paths of modules that were run on guesses: another time their code takes another course.
         escapes: integers that were used as numbers.
+        written: gradients that the program writes or reads itself.
     """
 
     mode: str
@@ -236,6 +271,7 @@ class Trace:
     warnings: list[str] = field(default_factory=list)
     guessed: set[str] = field(default_factory=set)
     escapes: list[Escape] = field(default_factory=list)
+    written: list[WrittenGradient] = field(default_factory=list)
 
     def __str__(self) -> str:
         from colrow.trace.show import render

@@ -115,6 +115,7 @@ class Repeater:
             len(trace.calls),
             len(trace.modules),
             len(trace.escapes),
+            len(trace.written),
         )
 
     def _contents(self, arguments: tuple[Any, ...]) -> list[Tensor | None]:

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from colrow.trace.attributes import traced_attributes
 from colrow.trace.content import content_of_original
+from colrow.trace.custom import recorded_functions
 from colrow.trace.errors import TraceError
 from colrow.trace.functions import FunctionMode
+from colrow.trace.hooks import hooked_parameter
 from colrow.trace.meta import is_on_meta, meta_arguments, meta_copy
 from colrow.trace.modules import asking_logarithms, recorded_modules, unchecked_distributions
 from colrow.trace.operators import OperatorMode
@@ -154,6 +156,7 @@ def _run(recorder: Recorder, model: nn.Module, example: Example, mode: str, copy
         _register_inputs(recorder, model, arguments, keywords, given)
         repeater = Repeater(recorder, model, copy_layers)
         stack.enter_context(recorded_modules(recorder, repeater))
+        stack.enter_context(recorded_functions(recorder))
         stack.enter_context(asking_logarithms())
         stack.enter_context(unchecked_distributions())
         stack.enter_context(_no_fast_path())
@@ -198,10 +201,11 @@ def _distinct(example: Example) -> dict[str, Any]:
 def _register_model(recorder: Recorder, model: nn.Module, originals: dict[int, Tensor]) -> None:
     def register(kind: str, name: str, tensor: Tensor) -> None:
         if recorder.table.find(tensor) is None:
-            known = content_of_original(originals.get(id(tensor), tensor))
+            original = originals.get(id(tensor), tensor)
             source = Source("parameter" if kind == "parameter" else "buffer", name)
-            value = recorder.table.add(tensor, source, known)
+            value = recorder.table.add(tensor, source, content_of_original(original))
             recorder.gradients.begin(value, tensor)
+            hooked_parameter(recorder, name, value, original)
 
     for name, parameter in model.named_parameters():
         register("parameter", name, parameter)
