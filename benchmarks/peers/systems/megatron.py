@@ -188,4 +188,4 @@ def build(case: Case, folder: Path) -> MegatronTrainer:
         rotary_base=10000,
     )
     fill(model, whole_parameters(case, weights(case, folder)), rank, case.ranks)
-    return MegatronTrainer(model, case.shape)
+    return MegatronTrainer(model.to(dtype_of(case)), case.shape)  # it leaves position embeddings in fp32
