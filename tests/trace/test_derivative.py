@@ -12,7 +12,8 @@ from torch.autograd import Function
 
 from colrow.trace import trace
 from colrow.trace.custom import _forward
-from colrow.trace.derivative import Finding, Given, Trial, examine
+from colrow.trace.derivative import examine
+from colrow.trace.trial import Finding, Given, Trial
 from colrow.trace.written import is_linear, judge, whole_dimensions
 from tests.derive import functions
 

@@ -16,7 +16,6 @@ from torch.autograd.function import Function, _SingleLevelFunction
 from torch.nn.modules._functions import BackwardHookFunction
 
 from colrow.trace.content import LARGEST
-from colrow.trace.derivative import Given, Trial
 from colrow.trace.functions import begin_call, end_call, is_vectorised
 from colrow.trace.hooks import passed_hook
 from colrow.trace.listening import FUNCTIONS, Proceed, listening
@@ -24,6 +23,7 @@ from colrow.trace.recorder import Recorder
 from colrow.trace.records import FunctionCall, Value, WrittenGradient, WrittenKind
 from colrow.trace.sites import user_site
 from colrow.trace.tree import map_leaves, tensors_of
+from colrow.trace.trial import Given, Trial
 
 _OPERATORS = "torch._library.autograd"
 """Where PyTorch makes the functions of custom operators."""

@@ -10,16 +10,15 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from math import gcd, prod
 from types import BuiltinFunctionType, FunctionType
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from colrow.trace.integers import TracedInt
-from colrow.trace.tree import map_leaves, tensors_of
+from colrow.trace.tree import map_leaves
+from colrow.trace.trial import Finding, Given, Gradients, Runs, Trial, givens_of, is_number
 
 LARGEST = 1 << 18
 """Elements, of all tensors together, up to which a function is tried as it was called."""
@@ -30,71 +29,6 @@ _LEAST = 8
 _MAGNITUDES = (1.0, 30.0, 0.03)
 _GRADIENTS = (1.0, 1e-6, 1e-3, 1e3, 1e6)
 _PLAIN = (str, bytes, bool, int, float, complex, type(None), type, BuiltinFunctionType)
-
-Gradients: TypeAlias = list[Tensor | None]
-
-
-@dataclass(frozen=True)
-class Given:
-    """A tensor among the arguments of a function, without its data.
-
-    Attributes:
-        shape, dtype: as traced.
-        differentiable: whether a gradient is asked for.
-        content: the data, where that is known and no gradient is.
-    """
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    differentiable: bool
-    content: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Trial:
-    """How to call a function.
-
-    Attributes:
-        function: with its own backward.
-        forward: the same computation, whose derivative autograd can take; ``None`` if there is no such thing.
-        arguments, keywords: :class:`Given` in place of tensors.
-    """
-
-    function: Callable[..., Any]
-    forward: Callable[..., Any] | None
-    arguments: tuple[Any, ...]
-    keywords: dict[str, Any]
-
-    @property
-    def key(self) -> str:
-        """The same for calls that are alike."""
-
-        def text(leaf: Any) -> Any:
-            if isinstance(leaf, Given):
-                known = None if leaf.content is None else leaf.content.tolist()
-                return ("tensor", leaf.shape, str(leaf.dtype), leaf.differentiable, known)
-            return int.__int__(leaf) if isinstance(leaf, TracedInt) else leaf
-
-        owner = getattr(self.function, "__self__", self.function)
-        return f"{id(owner)} {map_leaves((self.arguments, self.keywords), text)!r}"
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What was found out.
-
-    Attributes:
-        is_derivative: whether the backward is the derivative of the forward.
-        is_linear: whether it is linear in the gradient.
-        free: the dimensions along which each index of all tensors, which have one shape, is on its own;
-            ``None`` if there is no telling.
-        why: why it could not be tried, if so.
-    """
-
-    is_derivative: bool
-    is_linear: bool
-    free: tuple[int, ...] | None
-    why: str = ""
 
 
 def examine(trial: Trial) -> Finding:
@@ -109,7 +43,7 @@ def examine(trial: Trial) -> Finding:
             if shrink is None:
                 return Finding(False, False, None, "its tensors are too large to try it")
             try:
-                return _Examination(trial, dtype, shrink).run()
+                return _Examination(Runs(trial, dtype, shrink)).run()
             except Exception as error:  # whatever a function does with tensors that are not those it is for
                 first = (str(error).splitlines() or [""])[0]
                 why = f"it could not be tried on the CPU ({type(error).__name__}: {first})"
@@ -151,21 +85,9 @@ def _undisturbed() -> Iterator[None]:
             random.setstate(drawn)
 
 
-def _givens(trial: Trial) -> list[Given]:
-    found: list[Given] = []
-
-    def collect(leaf: Any) -> Any:
-        if isinstance(leaf, Given):
-            found.append(leaf)
-        return leaf
-
-    map_leaves((trial.arguments, trial.keywords), collect)
-    return found
-
-
 def _shrinking(trial: Trial) -> Callable[[int], int] | None:
     """How to make extents smaller, all by the same divisor; ``None`` if that is not enough."""
-    shapes = [one.shape for one in _givens(trial)]
+    shapes = [one.shape for one in givens_of(trial)]
     if sum(map(prod, shapes)) <= LARGEST:
         return lambda extent: extent
     large = {extent for shape in shapes for extent in shape if extent >= 8 * _LEAST}
@@ -181,21 +103,15 @@ def _shrinking(trial: Trial) -> Callable[[int], int] | None:
 
 
 class _Examination:
-    def __init__(self, trial: Trial, dtype: torch.dtype, shrink: Callable[[int], int]) -> None:
-        self._trial, self._dtype = trial, dtype
-        self._givens = _givens(trial)
-        self._shapes = [tuple(map(shrink, one.shape)) for one in self._givens]
-        self._exact = 1e-9 if dtype == torch.float64 else 1e-5
-        self._rough = 1e-4 if dtype == torch.float64 else 1e-3
-        self._generator = torch.Generator()
-        self._positive = False
-        # indices of the results that carry gradients
-        self._differentiable: list[int] = []
+    def __init__(self, runs: Runs) -> None:
+        self._runs = runs
+        self._exact = 1e-9 if runs.dtype == torch.float64 else 1e-5
+        self._rough = 1e-4 if runs.dtype == torch.float64 else 1e-3
 
     def run(self) -> Finding:
-        if not self._is_finite():
-            self._positive = True
-            if not self._is_finite():
+        if not self._runs.is_finite():
+            self._runs.is_positive = True
+            if not self._runs.is_finite():
                 raise ValueError("it gives no finite numbers for random ones")
         if self._is_derivative():
             return Finding(True, True, None)
@@ -203,98 +119,11 @@ class _Examination:
 
     # ---------------------------------------------------------------- calling
 
-    def _inputs(self, magnitude: float, seed: int = 0) -> list[Tensor]:
-        self._generator.manual_seed(seed)
-        return [
-            self._made(given, shape, magnitude)
-            for given, shape in zip(self._givens, self._shapes, strict=True)
-        ]
-
-    def _made(self, given: Given, shape: tuple[int, ...], magnitude: float) -> Tensor:
-        if given.content is not None and given.content.shape == shape:
-            return given.content.clone()
-        if given.dtype == torch.bool:
-            return torch.rand(shape, generator=self._generator) > 0.5
-        if not (given.dtype.is_floating_point or given.dtype.is_complex):
-            return torch.zeros(shape, dtype=given.dtype)
-        dtype = self._dtype.to_complex() if given.dtype.is_complex else self._dtype
-        if self._positive:
-            return magnitude * (0.5 + torch.rand(shape, generator=self._generator, dtype=self._dtype)).to(
-                dtype
-            )
-        return magnitude * torch.randn(shape, generator=self._generator, dtype=dtype)
-
-    def _call(self, function: Callable[..., Any], inputs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """The inputs that carry gradients and the results that do; the seed is always the same."""
-        torch.default_generator.manual_seed(0)
-        leaves = [
-            tensor.detach().requires_grad_(given.differentiable)
-            for tensor, given in zip(inputs, self._givens, strict=True)
-        ]
-        # copies, that a function may write into
-        copies = iter([leaf.clone() for leaf in leaves])
-
-        def build(leaf: Any) -> Any:
-            if isinstance(leaf, Given):
-                return next(copies)
-            if isinstance(leaf, torch.device):
-                return torch.device("cpu")
-            return int.__int__(leaf) if isinstance(leaf, TracedInt) else leaf
-
-        arguments, keywords = map_leaves((self._trial.arguments, self._trial.keywords), build)
-        results = tensors_of(function(*arguments, **keywords))
-        return [leaf for leaf in leaves if leaf.requires_grad], results
-
-    def _results(self, inputs: list[Tensor]) -> list[Tensor]:
-        _, results = self._call(self._trial.function, inputs)
-        return [one.detach() for one in results]
-
-    def _gradients(
-        self, function: Callable[..., Any], inputs: list[Tensor], cotangents: list[Tensor]
-    ) -> Gradients:
-        """Of the inputs that carry some, for cotangents of the results that do."""
-        leaves, results = self._call(function, inputs)
-        pairs = [
-            (one, cotangent)
-            for one, cotangent in zip(self._carrying(results), cotangents, strict=True)
-            if one.requires_grad
-        ]
-        if not pairs:
-            return [None] * len(leaves)
-        roots, given = zip(*pairs, strict=True)
-        return list(torch.autograd.grad(roots, leaves, [one.clone() for one in given], allow_unused=True))
-
-    def _carrying(self, results: list[Tensor]) -> list[Tensor]:
-        """The results for which there are cotangents: those that carry gradients from the function."""
-        return [results[index] for index in self._differentiable]
-
-    def _cotangents(self, results: list[Tensor], seed: int) -> list[Tensor]:
-        self._generator.manual_seed(1000 + seed)
-        return [torch.randn(one.shape, generator=self._generator, dtype=one.dtype) for one in results]
-
-    def _written(self, inputs: list[Tensor], cotangents: list[Tensor]) -> Gradients:
-        return self._gradients(self._trial.function, inputs, cotangents)
-
-    def _is_finite(self) -> bool:
-        inputs = self._inputs(1.0)
-        _, results = self._call(self._trial.function, inputs)
-        self._differentiable = [
-            index for index, one in enumerate(results) if one.requires_grad and _is_number(one)
-        ]
-        carrying = self._carrying(results)
-        found = self._written(inputs, self._cotangents(carrying, 0))
-        return all(bool(one.isfinite().all()) for one in [*carrying, *found] if one is not None)
-
-    def _all_finite(self, tensors: Gradients) -> bool:
-        return all(bool(one.isfinite().all()) for one in tensors if one is not None)
-
-    # ---------------------------------------------------------------- questions
-
     def _is_derivative(self) -> bool:
-        forward = self._trial.forward
+        forward = self._runs.trial.forward
         if forward is not None:
             try:
-                if self._agrees(lambda inputs, given: self._gradients(forward, inputs, given), forward):
+                if self._agrees(lambda inputs, given: self._runs.gradients(forward, inputs, given), forward):
                     return True
             except Exception:  # the forward alone may do what autograd cannot follow
                 pass
@@ -306,15 +135,15 @@ class _Examination:
         forward: Callable[..., Any],
     ) -> bool:
         for number, magnitude in enumerate(_MAGNITUDES):
-            inputs = self._inputs(magnitude, number)
-            results = self._results(inputs)
-            if not self._all_finite([*filter(_is_number, results)]):
+            inputs = self._runs.inputs(magnitude, number)
+            results = self._runs.results(inputs)
+            if not self._runs.are_finite([*filter(is_number, results)]):
                 continue
-            _, others = self._call(forward, inputs)
+            _, others = self._runs.call(forward, inputs)
             if not all(map(self._close, results, [one.detach() for one in others])):
                 return False
-            for cotangents in self._scaled(self._cotangents(self._carrying(results), number)):
-                written = self._written(inputs, cotangents)
+            for cotangents in self._scaled(self._runs.cotangents(self._runs.carrying(results), number)):
+                written = self._runs.written(inputs, cotangents)
                 if not all(map(self._matches, written, derivative(inputs, cotangents))):
                     return False
         return True
@@ -327,7 +156,7 @@ class _Examination:
     def _close(self, one: Tensor, other: Tensor) -> bool:
         if one.shape != other.shape:
             return False
-        if not _is_number(one):
+        if not is_number(one):
             return torch.equal(one, other)
         limit = self._rough * max(float(one.norm()), float(other.norm()))
         return float((one - other).norm()) <= limit
@@ -341,14 +170,14 @@ class _Examination:
     def _agrees_with_differences(self) -> bool:
         """As :meth:`_agrees`, with differences of results in random directions."""
         for number, magnitude in enumerate(_MAGNITUDES):
-            inputs = self._inputs(magnitude, number)
-            results = self._results(inputs)
-            if not self._all_finite([*filter(_is_number, results)]):
+            inputs = self._runs.inputs(magnitude, number)
+            results = self._runs.results(inputs)
+            if not self._runs.are_finite([*filter(is_number, results)]):
                 continue
             for seed, cotangents in enumerate(
-                self._scaled(self._cotangents(self._carrying(results), number))
+                self._scaled(self._runs.cotangents(self._runs.carrying(results), number))
             ):
-                written = self._written(inputs, cotangents)
+                written = self._runs.written(inputs, cotangents)
                 if not self._differences_match(inputs, cotangents, written, magnitude, seed):
                     return False
         return True
@@ -356,14 +185,14 @@ class _Examination:
     def _differences_match(
         self, inputs: list[Tensor], cotangents: list[Tensor], written: Gradients, magnitude: float, seed: int
     ) -> bool:
-        step = magnitude * (1e-6 if self._dtype == torch.float64 else 1e-3)
-        self._generator.manual_seed(2000 + seed)
+        step = magnitude * (1e-6 if self._runs.dtype == torch.float64 else 1e-3)
+        self._runs.generator.manual_seed(2000 + seed)
         gradients = iter(written)
         directions = []
-        for tensor, given in zip(inputs, self._givens, strict=True):
+        for tensor, given in zip(inputs, self._runs.givens, strict=True):
             direction = None
             if given.differentiable and next(gradients, None) is not None:
-                direction = torch.randn(tensor.shape, generator=self._generator, dtype=tensor.dtype)
+                direction = torch.randn(tensor.shape, generator=self._runs.generator, dtype=tensor.dtype)
             directions.append(direction)
         sides = []
         for sign in (1, -1):
@@ -371,18 +200,16 @@ class _Examination:
                 tensor if direction is None else tensor + sign * step * direction
                 for tensor, direction in zip(inputs, directions, strict=True)
             ]
-            sides.append(self._carrying(self._results(moved)))
+            sides.append(self._runs.carrying(self._runs.results(moved)))
         expected = sum(
             float((cotangent.conj() * (above - below)).real.sum()) / (2 * step)
             for cotangent, above, below in zip(cotangents, *sides, strict=True)
         )
+        differentiable = zip(directions, self._runs.givens, strict=True)
+        moving = [direction for direction, given in differentiable if given.differentiable]
         pairs = [
             (one, direction)
-            for one, direction in zip(
-                written,
-                [each for each, given in zip(directions, self._givens, strict=True) if given.differentiable],
-                strict=True,
-            )
+            for one, direction in zip(written, moving, strict=True)
             if one is not None and direction is not None
         ]
         found = sum(float((one.conj() * direction).real.sum()) for one, direction in pairs)
@@ -391,14 +218,14 @@ class _Examination:
 
     def _is_linear(self) -> bool:
         for number, magnitude in enumerate(_MAGNITUDES):
-            inputs = self._inputs(magnitude, number)
-            carrying = self._carrying(self._results(inputs))
-            if not self._all_finite(list(carrying)):
+            inputs = self._runs.inputs(magnitude, number)
+            carrying = self._runs.carrying(self._runs.results(inputs))
+            if not self._runs.are_finite(list(carrying)):
                 continue
-            pairs = (self._scaled(self._cotangents(carrying, seed)) for seed in (number, 10 + number))
+            pairs = (self._scaled(self._runs.cotangents(carrying, seed)) for seed in (number, 10 + number))
             for first, second in zip(*pairs, strict=True):
                 sums = [a + b for a, b in zip(first, second, strict=True)]
-                found = [self._written(inputs, one) for one in (first, second, sums)]
+                found = [self._runs.written(inputs, one) for one in (first, second, sums)]
                 if not all(map(self._adds_up, *found)):
                     return False
         return True
@@ -412,12 +239,12 @@ class _Examination:
 
     def _free(self) -> tuple[int, ...] | None:
         """The dimensions of which some indices alone give the same as together with the others."""
-        results = self._results(self._inputs(1.0))
-        shapes = {tuple(results[index].shape) for index in self._differentiable}
-        if len(shapes) != 1 or len(self._differentiable) != len(results):
+        results = self._runs.results(self._runs.inputs(1.0))
+        shapes = {tuple(results[index].shape) for index in self._runs.differentiable}
+        if len(shapes) != 1 or len(self._runs.differentiable) != len(results):
             return None
         (shape,) = shapes
-        for given, own in zip(self._givens, self._shapes, strict=True):
+        for given, own in zip(self._runs.givens, self._runs.shapes, strict=True):
             if own != shape and (given.differentiable or prod(own) != 1):
                 return None
         return tuple(
@@ -429,22 +256,22 @@ class _Examination:
     def _is_free(self, shape: tuple[int, ...], dimension: int) -> bool:
         extent = shape[dimension]
         for number, magnitude in enumerate(_MAGNITUDES):
-            inputs = self._inputs(magnitude, number)
-            results = self._results(inputs)
-            if not self._all_finite(list(results)):
+            inputs = self._runs.inputs(magnitude, number)
+            results = self._runs.results(inputs)
+            if not self._runs.are_finite(list(results)):
                 continue
-            for seed, cotangents in enumerate(self._scaled(self._cotangents(results, number))):
-                self._generator.manual_seed(3000 + seed)
+            for seed, cotangents in enumerate(self._scaled(self._runs.cotangents(results, number))):
+                self._runs.generator.manual_seed(3000 + seed)
                 count = max(1, extent // 2 if seed % 2 else extent - 1)
-                chosen = torch.randperm(extent, generator=self._generator)[:count]
+                chosen = torch.randperm(extent, generator=self._runs.generator)[:count]
 
                 def part(tensor: Tensor, chosen: Tensor = chosen) -> Tensor:
                     return tensor.index_select(dimension, chosen) if tensor.shape == shape else tensor
 
-                whole = self._written(inputs, cotangents)
+                whole = self._runs.written(inputs, cotangents)
                 some = [part(tensor) for tensor in inputs]
-                alone = self._written(some, [part(one) for one in cotangents])
-                pairs = [*zip(results, self._results(some), strict=True)]
+                alone = self._runs.written(some, [part(one) for one in cotangents])
+                pairs = [*zip(results, self._runs.results(some), strict=True)]
                 pairs += [
                     (one, other)
                     for one, other in zip(whole, alone, strict=True)
@@ -461,8 +288,3 @@ class _Examination:
             return False
         smallest = 1e-3 * self._exact * float(one.abs().max()) if one.numel() else 0.0
         return torch.allclose(one, other, rtol=self._exact, atol=smallest, equal_nan=True)
-
-
-def _is_number(tensor: Tensor) -> bool:
-    """Whether a tensor is of numbers that may have gradients."""
-    return tensor.is_floating_point() or tensor.is_complex()

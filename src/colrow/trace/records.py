@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from colrow.sources import short_path
-from colrow.trace.derivative import Finding, Trial
 from colrow.trace.integers import Expression
+from colrow.trace.trial import Finding, Trial
 
 SourceKind = Literal["parameter", "buffer", "input", "constant", "result"]
 WrittenKind = Literal["function", "operator", "hook", "parameter hook"]

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Container, Iterator
 from dataclasses import replace
 
-from colrow.trace.derivative import Finding, examine
+from colrow.trace.derivative import examine
 from colrow.trace.records import Trace, Value, WrittenGradient
+from colrow.trace.trial import Finding
 
 _REMEDY = "make it a torch.library.custom_op with a rule to have it cut (docs/adding-a-rule.md)"
 
