@@ -43,6 +43,7 @@ import colrow
 from colrow.apply.calls import CallTable, local_number
 from colrow.apply.values import ModuleTable
 from colrow.collectives import AllReduce, Communicator, Enter, communicator
+from colrow.forwards import Watch
 from colrow.layers import SharedEntry
 from colrow.plan.derive import derive_plan
 from colrow.trace import Example
@@ -157,6 +158,7 @@ def _with_changed(count: int) -> nn.Module:
         model.add_module(f"part{number}", Nothing())
         table.at(f"part{number}").change_output((), _same)
     table.attach()
+    Watch(model)
     return model
 
 

@@ -7,7 +7,7 @@ caller gives, those after it what the caller gets.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from inspect import signature
 from types import CellType, MethodType
 from typing import Any
@@ -92,7 +92,7 @@ def take_back(module: nn.Module) -> None:
 
 def _chain(forward: Any) -> Iterator[OwnForward]:
     """Forwards of colrow's around each other, the outermost first."""
-    while hasattr(forward, "_own"):
+    while isinstance(forward, OwnForward):
         yield forward
         forward = forward._own
 
@@ -100,16 +100,21 @@ def _chain(forward: Any) -> Iterator[OwnForward]:
 class Watch:
     """A hook on a model that refuses to run if a module has lost the forward that colrow gave it.
 
-    A library that replaces forwards, rather than wrapping them, would leave out the collectives around them
-    without an error.
+    A library that replaces forwards, rather than wrapping them, would leave out the collectives in and around
+    them without an error.
+
+    Args:
+        model: in which all forwards have been attached.
     """
 
-    def __init__(self, named: Iterable[tuple[str, nn.Module]]) -> None:
-        self._watched = [(path, module, vars(module)[_OUTERMOST]) for path, module in named]
-
-    def attach(self, model: nn.Module) -> None:
-        """Hook the model."""
-        model.register_forward_pre_hook(self._check)
+    def __init__(self, model: nn.Module) -> None:
+        self._watched = [
+            (path, module, vars(module)[_OUTERMOST])
+            for path, module in model.named_modules()
+            if _OUTERMOST in vars(module)
+        ]
+        if self._watched:
+            model.register_forward_pre_hook(self._check)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -125,8 +130,8 @@ class Watch:
             if watched.__dict__.get(_FORWARD) is not forward and not _holds(watched, forward):
                 raise PlanError(
                     path,
-                    "its forward has been replaced since colrow.parallelize, and with it what colrow does to "
-                    "its inputs and outputs",
+                    "its forward has been replaced since colrow.parallelize, and with it what colrow does in "
+                    "it and around it",
                     "Replace forwards before colrow.parallelize, or wrap the one that is there.",
                 )
 

@@ -279,6 +279,54 @@ def _data_parallel(sharded: bool) -> None:
         assert largest_error(gradient, layouts[name].slice(whole_gradient, rank)) < 1e-10, name
 
 
+# ---------------------------------------------------------------- forwards in which calls are changed
+
+
+class Counted(nn.Module):
+    """Four heads, whose number stands in the program's text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, 24), nn.Linear(24, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = torch.softmax(self.up(x).view(len(x), 4, 6), -1)
+        result: Tensor = self.down(heads.flatten(1))
+        return result
+
+
+def _calls(size: int) -> None:
+    """Copied, unsharded and wrapped, as those with changed inputs and outputs are."""
+    original, cut = _pair(Counted)
+    cut.forward = MethodType(Counted.forward, cut)
+    _cut(cut, size)
+    assert state_of(cut).plan.integers
+    assert isinstance(cut.forward, OwnForward)
+    twin = copy.deepcopy(cut)
+    with torch.no_grad():
+        for parameter in cut.parameters():
+            parameter.zero_()
+    _same(original, twin)
+    colrow.unshard(twin)
+    assert twin.forward.__self__ is twin
+    torch.testing.assert_close(twin(_input()), original(_input()), rtol=1e-10, atol=1e-10)
+
+
+def _wrapped_calls(size: int) -> None:
+    original, cut = _pair(Counted)
+    _cut(cut, size)
+    calls = _wrap(cut)
+    _same(original, cut)
+    colrow.unshard(cut)
+    torch.testing.assert_close(cut(_input()), original(_input()), rtol=1e-10, atol=1e-10)
+    assert len(calls) == 2
+    _same(original, _cut(cut, size))
+    cut.__dict__["forward"] = Counted.forward.__get__(cut)
+    del cut._old_forward
+    with pytest.raises(PlanError, match=r"\(the model itself\): its forward has been replaced"):
+        cut(_input())
+
+
 # ---------------------------------------------------------------- modules of other kinds
 
 
@@ -386,6 +434,8 @@ WORK: list[Callable[[int], None]] = [
     functools.partial(_wrapped, wrap=_wrap_by_closure, before=False),
     _replaced,
     _checkpointed,
+    _calls,
+    _wrapped_calls,
     _of_fx,
     _mixed,
     functools.partial(_fused, forbid=[]),

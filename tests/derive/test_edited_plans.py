@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import CodeType
 
 import pytest
 import torch
@@ -12,8 +14,10 @@ from torch import Tensor, nn
 
 import colrow
 from colrow import PlanError
+from colrow.apply.calls import check_call
 from colrow.plan import Plan
 from colrow.plan.file import dumps, loads
+from colrow.plan.places import Call
 from colrow.trace import Example
 from tests.derive.test_use import WIDTH, Heads, _gradients_differ, _input
 from tests.pool import Pool, worker_mesh
@@ -113,6 +117,23 @@ def _stale() -> None:
     plan = _edited(text, ("code: Matrices.forward", "code: Matrices.of_another_release"))
     with pytest.raises(PlanError, match=r"matmul in tests.derive.test_edited_plans:\d+ .*no example passes"):
         _apply(Matrices, plan, check=True)
+
+
+def _outer() -> None:
+    def inner(x: Tensor) -> Tensor:
+        return x.view(-1)
+
+
+def test_calls_in_functions_within_functions() -> None:
+    code = next(one for one in _outer.__code__.co_consts if isinstance(one, CodeType))
+    line = code.co_firstlineno + 1
+    start = next(start for start, _, number in code.co_lines() if number == line)
+    there = Call("view", __name__, code.co_qualname, line, start)
+    check_call(there, "module")
+    check_call(replace(there, code="somebody.<locals>.inner"), "module")  # nobody knows where to look
+    for other in (replace(there, line=line + 1), replace(there, code="_outer.<locals>.gone")):
+        with pytest.raises(PlanError, match=r"module: the plan changes view in .* is not there any more"):
+            check_call(other, "module")
 
 
 def _refused_on_all_ranks() -> None:

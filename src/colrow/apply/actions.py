@@ -19,6 +19,7 @@ from colrow.apply.shadow import Shadow
 from colrow.apply.shared import SharedPart
 from colrow.apply.values import Change, ModuleTable
 from colrow.collectives import AllReduce, Communicator, Enter, FirstRankOnly
+from colrow.forwards import Watch
 from colrow.layers import (
     SharedEntry,
     VocabParallelEmbedding,
@@ -116,6 +117,7 @@ class Applier:
             self._own_randomness(own)
         self._calls.attach()
         self._modules.attach()
+        Watch(self._model)
         if plan.loss is not None:
             self._loss(gather_logits)
         keep_off_fast_path(self._model, plan)

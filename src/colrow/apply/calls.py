@@ -1,7 +1,10 @@
-"""Changing arguments and results of calls within a module's code, while that module runs and only there.
+"""Changing calls of torch functions: their arguments and results, where one module's code makes them.
 
-A function mode sees every torch function that the module's code calls. It looks for the place of a call only
-if the function has the name of one that is to be changed.
+While the forward of such a module runs, a function mode is active, to which PyTorch gives every call of a
+torch function. A call is changed if the plan names its place: the function that is called, and the
+instruction in the program that calls it. Finding that instruction takes time, so it is looked for only if a
+function of that name is to be changed. Other modules that run the same code, such as the next layer, are not
+affected.
 """
 
 from __future__ import annotations
@@ -13,7 +16,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from inspect import signature
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -23,8 +25,10 @@ from torch.overrides import TorchFunctionMode
 from colrow.apply.replay import Replaying
 from colrow.apply.values import Change
 from colrow.errors import PlanError
+from colrow.forwards import OwnForward
 from colrow.localise.arguments import replaced
 from colrow.plan.places import Call, Path
+from colrow.sources import source_of
 from colrow.trace.functions import opened
 from colrow.trace.listening import FUNCTIONS, Proceed, listening
 from colrow.trace.sites import call_site
@@ -33,17 +37,18 @@ from colrow.tracer import outside_of_graphs
 Replacement = Callable[..., Any]
 
 _APPLY = "apply"
-"""By this name autograd functions are called."""
+"""The name by which autograd functions are called."""
 
 
 @dataclass
 class CallChanges:
-    """What is to happen at one place in the program's text.
+    """What is to be changed at one call.
 
     Attributes:
-        arguments, results: changes of tensors by their path.
-        integers: changes of numbers by their path.
-        replacement: what is called instead.
+        arguments: changes of tensors among the arguments, each with the path to its tensor.
+        integers: changes of numbers among the arguments, likewise.
+        results: changes of tensors in the result, likewise.
+        replacement: what is called in place of the function; ``None`` for the function itself.
     """
 
     arguments: list[tuple[Path, Change]] = field(default_factory=list)
@@ -61,7 +66,7 @@ class CallChanges:
         )
 
     def call(self, function: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
-        """Call the function with everything changed."""
+        """The changed result of calling ``function``, or what replaces it, with the changed arguments."""
         both: Any = (arguments, keywords)
         for path, change_integer in self.integers:
             both = replaced(both, _path(path), change_integer)
@@ -82,7 +87,7 @@ def _on_tensors(change: Change) -> Callable[[Any], Any]:
 
 
 class ModuleCalls:
-    """The calls of one module's code that are to be changed."""
+    """The calls that are to be changed in the code of one module."""
 
     def __init__(self, path: str, module: nn.Module) -> None:
         self._path, self._module = path, module
@@ -90,70 +95,70 @@ class ModuleCalls:
         self._after: list[Callable[[], None]] = []
 
     def at(self, call: Call) -> CallChanges:
-        """The changes of one call."""
+        """The changes of one call, to add to."""
         return self._changes.setdefault(call, CallChanges())
 
     def afterwards(self, action: Callable[[], None]) -> None:
-        """Do something whenever the module's forward has ended."""
+        """Call ``action`` whenever the module's forward has ended, also if it raised."""
         self._after.append(action)
 
     def attach(self) -> None:
-        """Run the module's forward under the mode.
+        """Give the module a forward that changes the calls.
 
         Raises:
-            PlanError: if the program's text is not the one that the plan was made for.
+            PlanError: if the program is not the one that the plan was made for.
         """
         for call in self._changes:
             check_call(call, self._path)
-        own = vars(self._module).get("forward")
         reason = f"the plan changes calls within the code of {self._path or 'the model'}"
-        self._module.forward = _Forward(self._module, own, _Mode(self._changes), self._after, reason)
+        _Forward(self._module, _Mode(self._changes), self._after, reason).attach()
 
 
-class _Forward:
-    """A module's forward under the mode; a copy of the module has one of its own."""
+class _Forward(OwnForward):
+    """A module's forward in which calls are changed.
 
-    def __init__(
-        self,
-        module: nn.Module,
-        own: Callable[..., Any] | None,
-        mode: _Mode,
-        after: list[Callable[[], None]],
-        reason: str,
-    ) -> None:
-        self._module, self._own, self._mode, self._after, self._reason = module, own, mode, after, reason
-        original = self._original
-        # others ask for the names of arguments, and for the name of the function
-        self.__signature__ = signature(original)
-        self.__name__, self.__doc__ = "forward", original.__doc__
-        self._run = outside_of_graphs(reason)(self._forward)
+    Args:
+        module: the module.
+        mode: changes the calls.
+        after: what is called when the forward has ended.
+        reason: why torch.compile cannot have this forward in a graph.
+    """
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Forward:
-        return _Forward(
-            copy.deepcopy(self._module, memo),
-            copy.deepcopy(self._own, memo),
-            copy.deepcopy(self._mode, memo),
-            copy.deepcopy(self._after, memo),
-            self._reason,
-        )
+    def __init__(self, module: nn.Module, mode: _Mode, after: list[Callable[[], None]], reason: str) -> None:
+        super().__init__(module)
+        self._mode, self._after, self._reason = mode, after, reason
+        self._is_released = False
+        self._choose()
 
-    @property
-    def _original(self) -> Callable[..., Any]:
-        """What the module runs without this: a forward of its own, or that of its class."""
-        bound: Callable[..., Any] = type(self._module).forward.__get__(self._module)
-        return self._own or bound
+    def _choose(self) -> None:
+        """Set what runs: made from the others, so a copy has to make its own."""
+        self._run = self._unchanged if self._is_released else outside_of_graphs(self._reason)(self._forward)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: item for name, item in super().__getstate__().items() if name != "_run"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._choose()
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
         return self._run(*arguments, **keywords)
 
+    def release(self) -> None:
+        self._is_released = True
+        self._choose()
+
+    def _unchanged(self, *arguments: Any, **keywords: Any) -> Any:
+        return self._inner(arguments, keywords)
+
     def _forward(self, *arguments: Any, **keywords: Any) -> Any:
         self._mode.passes.clear()
         with self._changing(self._mode):
-            return self._original(*arguments, **keywords)
+            return self._inner(arguments, keywords)
 
     @contextmanager
     def _changing(self, mode: _Mode) -> Iterator[None]:
-        """Calls are changed in this context, and when what is checkpointed in it is recomputed."""
+        """A context in which calls are changed, and again when what is checkpointed in it is recomputed."""
         try:
             with mode, Replaying(lambda: partial(self._changing, mode.as_now())):
                 if mode.changes_functions:
@@ -167,6 +172,17 @@ class _Forward:
 
 
 class _Mode(TorchFunctionMode):
+    """Changes calls of torch functions.
+
+    Args:
+        changes: by call. Those for a certain pass of a call (``occurrence``) come on top of those for all.
+
+    Attributes:
+        passes: how often each calling instruction has been passed in this forward, by its code object's
+            identity and its offset.
+        changes_functions: whether calls of ``torch.autograd.Function`` are among those to change.
+    """
+
     def __init__(self, changes: dict[Call, CallChanges]) -> None:
         super().__init__()
         self.passes: dict[tuple[int, int], int] = defaultdict(int)
@@ -184,13 +200,19 @@ class _Mode(TorchFunctionMode):
         self.changes_functions = _APPLY in self._names
 
     def as_now(self) -> _Mode:
-        """Another one, for which as many passes of each call lie behind as for this one now."""
+        """A copy that goes on counting passes from where this one is now."""
         other = copy.copy(self)
         other.passes = self.passes.copy()
         return other
 
     def function(self, given: tuple[Any, ...], keywords: dict[str, Any], proceed: Proceed) -> Any:
-        """A call of an autograd function, which no mode sees; the first argument is its class."""
+        """Change the call of an autograd function, which PyTorch gives to no mode.
+
+        Args:
+            given: the function's class, and its arguments.
+            keywords: its keywords.
+            proceed: makes the call.
+        """
         changes = self._find(given[0].apply)
         if changes is None:
             return proceed(*given, **keywords)
@@ -213,6 +235,7 @@ class _Mode(TorchFunctionMode):
         return function(*args, **keywords)
 
     def _find(self, function: Any) -> CallChanges | None:
+        """The changes of the call that is being made, if there are any; counts it as a pass."""
         site = call_site(function)
         identity = id(site.code)
         if identity not in self._codes:
@@ -229,35 +252,30 @@ class _Mode(TorchFunctionMode):
 
 
 def _body(function: Any) -> Callable[..., Any] | None:
+    """The Python code of a torch function whose own calls can be changed; ``None`` for all others."""
     if not isinstance(function, FunctionType):
         return None
     return opened(function)
 
 
-def source_of(file: str) -> str:
-    """The name of the Python module whose code lies in ``file``; the file's own name if there is none."""
-    names = [
-        name
-        for name, module in list(sys.modules.items())
-        if getattr(module, "__file__", None) == file and name != "__main__"
-    ]
-    return min(names, key=len) if names else file.rpartition("/")[2]
-
-
 def check_call(call: Call, path: str) -> None:
     """Refuse a call that is no longer where the plan has it.
+
+    A call in code that cannot be found by its name, such as that of a program in a notebook, is let pass.
+
+    Args:
+        call: as the plan has it.
+        path: of the module whose code makes it.
 
     Raises:
         PlanError: if the code has changed since, as with another release of the library or of Python.
     """
-    module = sys.modules.get(call.source)
-    found: Any = module
-    for name in call.code.split("."):
-        found = getattr(found, name, None)
-    code = getattr(getattr(found, "__wrapped__", found), "__code__", None)
-    if module is None or code is None or code.co_qualname != call.code:
-        return  # code within another function, or in a file of its own: found when it runs
-    lines = {line for start, end, line in code.co_lines() if start <= call.instruction < end}
+    codes = _codes(call)
+    if codes is None:
+        return
+    lines = {
+        line for code in codes for start, end, line in code.co_lines() if start <= call.instruction < end
+    }
     if call.line not in lines:
         raise PlanError(
             path,
@@ -266,15 +284,35 @@ def check_call(call: Call, path: str) -> None:
         )
 
 
+def _codes(call: Call) -> list[CodeType] | None:
+    """The code objects with the name of the one that makes a call; ``None`` if nobody knows where to look."""
+    outer, _, inner = call.code.partition(".<locals>.")
+    found: Any = sys.modules.get(call.source)
+    for name in outer.split("."):
+        found = getattr(found, name, None)
+    code = getattr(getattr(found, "__wrapped__", found), "__code__", None)
+    if code is None or code.co_qualname != outer:
+        return None
+    return [one for one in _within(code) if one.co_qualname == call.code] if inner else [code]
+
+
+def _within(code: CodeType) -> Iterator[CodeType]:
+    """The code objects of the functions that are defined in a function."""
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield constant
+            yield from _within(constant)
+
+
 class CallTable:
-    """The calls of all modules of a model that are to be changed."""
+    """The calls that are to be changed in a model, by module."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._modules: dict[str, ModuleCalls] = {}
 
     def at(self, path: str) -> ModuleCalls:
-        """The calls of the module at ``path``.
+        """The calls to be changed in the code of the module at ``path``, to add to.
 
         Raises:
             PlanError: if there is none.
@@ -288,13 +326,24 @@ class CallTable:
         return self._modules[path]
 
     def attach(self) -> None:
-        """Let all modules run under their modes."""
+        """Give each of these modules a forward that changes its calls.
+
+        Raises:
+            PlanError: if the program is not the one that the plan was made for.
+        """
         for calls in self._modules.values():
             calls.attach()
 
 
 def local_number(given: int, wanted: int | tuple[int, ...], place: object) -> Callable[[Any], Any]:
-    """The change of a number: ``given`` becomes ``wanted``, a multiple of it the same multiple."""
+    """A change of a number among the arguments of a call.
+
+    Args:
+        given: what the program gave when the plan was made.
+        wanted: what takes its place on this rank. If the program gives a multiple of ``given``, because the
+            batch is larger, a multiple of this does. A list of sizes takes the place of any number.
+        place: the argument, named in errors.
+    """
 
     def change(number: Any) -> Any:
         if not isinstance(number, int) or number == given or isinstance(wanted, tuple):

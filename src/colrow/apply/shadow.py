@@ -1,4 +1,4 @@
-"""Giving a module's forward another value of a parameter, while the parameter itself stays as it is."""
+"""Letting a module's code read what a collective makes of a parameter, which itself stays what it is."""
 
 from __future__ import annotations
 
@@ -15,15 +15,18 @@ from colrow.apply.values import Change
 
 
 class Shadow:
-    """Passes parameters through collectives while a module reads them.
+    """Collectives on parameters: what a module's code reads has gone through them.
 
-    Inside a region each rank sees a parameter meet its own part of the data only: its gradient is partial, so
-    the parameter has to be entered. A parameter that is added to a partial sum is added by one rank. During
-    the module's forward the parameter's attribute is shadowed by the result; ``named_parameters``, optimizers
-    and checkpoints see the parameter.
+    Two kinds of parameters that every rank holds need one. Inside a region each rank applies the parameter to
+    its own part of the data, so that its gradient is partial: it is entered, and the gradient summed. And a
+    parameter that is added to a partial sum must be added by one rank only.
+
+    The collective's result is put into the ``__dict__`` of the module that holds the parameter while the
+    reading module's forward runs. Code that reads the attribute finds it there before it finds the parameter;
+    ``named_parameters``, optimizers and checkpoints still find the parameter.
 
     Args:
-        parameters: of each parameter the module that holds it, its name there and what it passes through.
+        parameters: the module that holds each parameter, its name there, and the collective.
     """
 
     def __init__(self, parameters: Sequence[tuple[nn.Module, str, Change]]) -> None:
@@ -31,7 +34,7 @@ class Shadow:
         self._before: list[tuple[list[Any], Replaying | None]] = []
 
     def attach(self, reader: nn.Module) -> None:
-        """Hook the module that reads them."""
+        """Hook the module whose code reads them."""
         reader.register_forward_pre_hook(self._shadow)
         reader.register_forward_hook(self._restore, always_call=True)
 
@@ -52,7 +55,7 @@ class Shadow:
         self._put(before)
 
     def _put(self, values: list[Any]) -> list[Any]:
-        """Shadow the parameters by other values, or by nothing where these are ``None``; what was there."""
+        """Put values before the parameters, or nothing where one is ``None``; gives what was there before."""
         before = []
         for (holder, name, _), value in zip(self._parameters, values, strict=True):
             # an instance attribute is found before a registered parameter
@@ -64,7 +67,7 @@ class Shadow:
         return before
 
     def _now(self) -> Again:
-        """What shadows the parameters now, for the recomputation of what is checkpointed."""
+        """Makes the context in which the code reads what it reads now: for what is recomputed later."""
         values = [holder.__dict__.get(name) for holder, name, _ in self._parameters]
         return partial(self._shadowed, values)
 

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 from torch import Tensor, nn
 
 from colrow.errors import PlanError
-from colrow.forwards import OwnForward, Watch
+from colrow.forwards import OwnForward
 from colrow.plan.places import Path
 
 Change: TypeAlias = Callable[[Tensor], Tensor]
@@ -215,5 +215,3 @@ class ModuleTable:
         """Change all modules."""
         for changes in self._changes.values():
             changes.attach()
-        if self._changes:
-            Watch((path, changes.module) for path, changes in self._changes.items()).attach(self._model)
