@@ -11,7 +11,7 @@ from colrow.collectives import Communicator
 from colrow.errors import PlanError
 from colrow.state import placed_parameters, state_of
 
-_CHUNK = 1 << 20
+_CHUNK = 1 << 17
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
