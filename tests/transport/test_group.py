@@ -130,6 +130,11 @@ def test_every_reduction_of_every_dtype(ranks: Callable[[int], Pool], dtype: tor
         assert len(set(ranks(3).run(_reduce, count, dtype, possible))) == 1
 
 
+def test_more_than_the_caches_hold(ranks: Callable[[int], Pool]) -> None:
+    ranks(2).run(_reduce, 2_500_001, torch.float32, ["sum"])
+    ranks(2).run(_reduce, 4_300_001, torch.bfloat16, ["sum", "max"])
+
+
 def _special(dtype: torch.dtype) -> None:
     """All numbers of 16 bits, with themselves and in another order: infinite ones, tiny ones and NaN too."""
     shared = group_of_all()

@@ -66,7 +66,7 @@ needs_compiler = pytest.mark.skipif(COMPILER is None, reason="there is no C comp
 def test_checked_by_the_compiler(build: Callable[[str], Path], checker: str) -> None:
     """Data races between ranks; accesses outside of memory; undefined behaviour; wrong numbers."""
     for ranks, seed in ((2, 0), (3, 1), (5, 2), (64, 3)):
-        _run(build(checker), ranks, 150 if ranks < 64 else 20, seed)
+        _run(build(checker), ranks, 400 if ranks < 64 else 20, seed)
 
 
 @needs_compiler

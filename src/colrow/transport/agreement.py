@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from colrow.transport.arena import CREATORS, SLOTS, Arena
+from colrow.transport.arena import CREATORS, SLOTS, Arena, hold
 from colrow.transport.processors import Waiting, choose_waiting, own_processors, processor_quota
 
 VARIABLE = "COLROW_TRANSPORT"
@@ -183,7 +183,7 @@ def _try(
     offer = exchange({"path": arena.path if arena else "", "chunk": arena.chunk if arena else 0})[0]
     if rank > 0 and offer["path"]:
         try:
-            arena = open_arena(offer["path"], offer["chunk"], ranks)
+            arena = open_arena(offer["path"], offer["chunk"], rank, ranks)
         except OSError as error:
             problem = str(error)
     problems = [answer["problem"] for answer in exchange({"problem": problem[:200]})]
@@ -196,8 +196,8 @@ def _try(
     return arena, failed
 
 
-def open_arena(path: str, chunk: int, ranks: int) -> Arena:
-    """Open memory that the first rank has made.
+def open_arena(path: str, chunk: int, rank: int, ranks: int) -> Arena:
+    """Open memory that the first rank has made, and hold this rank's lock on it.
 
     Raises:
         OSError: if it cannot be seen from here, or is not what it was said to be.
@@ -209,4 +209,5 @@ def open_arena(path: str, chunk: int, ranks: int) -> Arena:
     if os.fstat(file).st_size < size:
         os.close(file)
         raise OSError(f"{path} is not the memory that the first rank has made")
+    hold(file, rank)
     return Arena(file, path, chunk, SLOTS, size)

@@ -65,6 +65,7 @@ def create_memory(ranks: int) -> Arena:
     file = os.memfd_create("colrow", os.MFD_CLOEXEC)
     try:
         os.ftruncate(file, size)
+        hold(file, 0)
         _native.format_arena(file, ranks, chunk, SLOTS)
     except OSError:
         os.close(file)
@@ -87,7 +88,7 @@ def create_file(ranks: int, folder: Path = SHARED_FILES) -> Arena:
         size = _native.arena_bytes(ranks, chunk, SLOTS)
         file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1)
+            hold(file, 0)
             os.posix_fallocate(file, 0, size)  # else a write would end the process where there is no room
             _native.format_arena(file, ranks, chunk, SLOTS)
             return Arena(file, str(path), chunk, SLOTS, size)
@@ -97,6 +98,17 @@ def create_file(ranks: int, folder: Path = SHARED_FILES) -> Arena:
             if chunk == SMALLEST_CHUNK:
                 raise
             chunk //= 2
+
+
+def hold(file: int, rank: int) -> None:
+    """Lock a rank's byte for as long as this process runs: by this the others see that it does.
+
+    Held by all before any of them uses the memory, and so looks for the others.
+
+    Raises:
+        OSError: if another process holds it.
+    """
+    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, rank)
 
 
 def chunk_for(ranks: int) -> int:

@@ -153,7 +153,7 @@ int main(int count, char **arguments) {
   ranks = atoi(arguments[1]);
   operations = atoi(arguments[2]);
   seed = (unsigned)atoi(arguments[3]);
-  if (arena_layout(&layout, ranks, 4 * PAGE, 2 + seed % 3)) return 2;
+  if (arena_layout(&layout, ranks, 4 * PAGE, 2u << seed % 3)) return 2;
   void *memory;
   if (posix_memalign(&memory, PAGE, layout.bytes)) return 2;
   memset(memory, 0, layout.bytes);

@@ -12,6 +12,7 @@ static size_t round_up(size_t value, size_t unit) { return (value + unit - 1) / 
 
 int arena_layout(layout_t *layout, int ranks, size_t chunk, uint32_t slots) {
   if (ranks < 1 || ranks > MAX_RANKS || slots < 2 || slots > MAX_SLOTS || chunk < 4 * PAGE) return -1;
+  if (slots & (slots - 1)) return -1; /* when the number of rounds starts again at 0, the next slot must be next */
   chunk = round_up(chunk, PAGE);
   layout->ranks = ranks;
   layout->slots = slots;
@@ -38,11 +39,6 @@ header_t *arena_map(const layout_t *layout, int file) {
 }
 
 void arena_unmap(const layout_t *layout, header_t *header) { munmap(header, layout->bytes); }
-
-int arena_lock(int file, int rank) {
-  struct flock lock = {.l_type = F_WRLCK, .l_whence = SEEK_SET, .l_start = rank, .l_len = 1};
-  return fcntl(file, F_SETLK, &lock);
-}
 
 int arena_is_locked(int file, int rank) {
   struct flock lock = {.l_type = F_WRLCK, .l_whence = SEEK_SET, .l_start = rank, .l_len = 1};

@@ -59,7 +59,7 @@ typedef struct {
   size_t bytes; /* of everything */
 } layout_t;
 
-/* Returns 0, or -1 if the numbers make no sense. chunk is rounded up to whole pages. */
+/* Returns 0, or -1 if the numbers make no sense. chunk is rounded up to whole pages; slots are 2, 4 or 8. */
 int arena_layout(layout_t *layout, int ranks, size_t chunk, uint32_t slots);
 
 static inline char *arena_stage(const layout_t *layout, header_t *header, int rank) {
@@ -76,7 +76,6 @@ header_t *arena_map(const layout_t *layout, int file);
 void arena_unmap(const layout_t *layout, header_t *header);
 
 /* Each rank holds a lock on the byte of its number for as long as its process runs. */
-int arena_lock(int file, int rank);
 int arena_is_locked(int file, int rank);
 
 #endif

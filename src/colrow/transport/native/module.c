@@ -181,7 +181,8 @@ static PyObject *counters(Group *self, PyObject *none) {
                        (unsigned long long)group->yields, "sleeps", (unsigned long long)group->sleeps);
 }
 
-/* Group(file, rank, ranks, chunk, slots, one_shot_bytes, spin_seconds, yield_seconds, tick) */
+/* The caller holds the lock of the rank's byte of the file, which is closed with the group.
+ * Group(file, rank, ranks, chunk, slots, one_shot_bytes, spin_seconds, yield_seconds, tick) */
 static PyObject *new_group(PyTypeObject *type, PyObject *arguments, PyObject *keywords) {
   int file, rank, ranks;
   Py_ssize_t chunk, one_shot_bytes;
@@ -201,7 +202,7 @@ static PyObject *new_group(PyTypeObject *type, PyObject *arguments, PyObject *ke
   header_t *header = arena_map(&layout, file);
   if (!header) return PyErr_SetFromErrno(PyExc_OSError);
   Group *self = (Group *)type->tp_alloc(type, 0);
-  if (!self || group_attach(&self->group, header, &layout, file, rank) || arena_lock(file, rank)) {
+  if (!self || group_attach(&self->group, header, &layout, file, rank)) {
     arena_unmap(&layout, header);
     Py_XDECREF(self);
     return PyErr_Occurred() ? NULL : PyErr_Format(PyExc_OSError, "not an arena of this version of colrow");

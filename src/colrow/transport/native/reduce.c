@@ -3,23 +3,7 @@
 
 #include "rounds.h"
 
-/* Every rank stages its data and sums everybody's: one synchronisation, for small tensors. */
-static enum outcome all_reduce_one_shot(group_t *group, uint64_t tag, const char *input, char *output,
-                                        size_t count, enum dtype dtype, enum reduction reduction) {
-  uint32_t round = group->round;
-  const void *sources[MAX_RANKS];
-  TRY(wait_for_slot(group, round));
-  memcpy(stage_slot(group, group->rank, round), input, count * dtype_bytes(dtype));
-  raise_flag(group, STAGED, round + 1);
-  TRY(wait_for_calls(group, tag));
-  for (int rank = 0; rank < group->ranks; rank++)
-    sources[rank] = rank == group->rank ? input : stage_slot(group, rank, round);
-  reduce(dtype, reduction, output, NULL, sources, group->ranks, count);
-  raise_both(group, round + 1);
-  return DONE;
-}
-
-/* One chunk of a large all-reduce: which elements it covers, and which of these each rank sums. */
+/* One chunk of an all-reduce: which elements it covers, and which of these each rank sums, if they share. */
 typedef struct {
   uint32_t round;
   size_t start, count; /* elements */
@@ -39,6 +23,42 @@ static size_t share_start(const chunk_t *chunk, int rank) {
 
 static size_t share_count(const chunk_t *chunk, int rank) {
   return share_start(chunk, rank + 1) - share_start(chunk, rank);
+}
+
+static enum outcome stage_whole(group_t *group, const chunk_t *chunk, const char *input, size_t bytes) {
+  TRY(wait_for_slot(group, chunk->round));
+  memcpy(stage_slot(group, group->rank, chunk->round), input + chunk->start * bytes, chunk->count * bytes);
+  raise_flag(group, STAGED, chunk->round + 1);
+  return DONE;
+}
+
+static enum outcome reduce_whole(group_t *group, const chunk_t *chunk, uint64_t tag, const char *input,
+                                 char *output, enum dtype dtype, enum reduction reduction) {
+  size_t place = chunk->start * dtype_bytes(dtype);
+  const void *sources[MAX_RANKS];
+  TRY(wait_for_staged(group, chunk->round, tag));
+  for (int rank = 0; rank < group->ranks; rank++)
+    sources[rank] = rank == group->rank ? input + place : stage_slot(group, rank, chunk->round);
+  reduce(dtype, reduction, output + place, NULL, sources, group->ranks, chunk->count);
+  raise_both(group, chunk->round + 1);
+  return DONE;
+}
+
+/* Every rank stages its data and sums everybody's: one synchronisation for each chunk. */
+static enum outcome all_reduce_alone(group_t *group, uint64_t tag, const char *input, char *output,
+                                     size_t count, enum dtype dtype, enum reduction reduction,
+                                     size_t per_chunk, size_t chunks) {
+  for (size_t index = 0; index < chunks + 1; index++) {
+    if (index < chunks) {
+      chunk_t chunk = chunk_at(group, index, per_chunk, count);
+      TRY(stage_whole(group, &chunk, input, dtype_bytes(dtype)));
+    }
+    if (index >= 1) {
+      chunk_t chunk = chunk_at(group, index - 1, per_chunk, count);
+      TRY(reduce_whole(group, &chunk, tag, input, output, dtype, reduction));
+    }
+  }
+  return DONE;
 }
 
 static enum outcome stage_chunk(group_t *group, const chunk_t *chunk, const char *input, size_t bytes) {
@@ -80,9 +100,9 @@ static enum outcome gather_chunk(group_t *group, const chunk_t *chunk, char *out
 
 /* Every rank sums its share of each chunk and hands the result to the others. While it waits for one chunk,
  * it works on the next: chunk c is staged, c - 1 reduced, c - 2 gathered. */
-static enum outcome all_reduce_in_chunks(group_t *group, uint64_t tag, const char *input, char *output,
-                                         size_t count, enum dtype dtype, enum reduction reduction,
-                                         size_t per_chunk, size_t chunks) {
+static enum outcome all_reduce_shared(group_t *group, uint64_t tag, const char *input, char *output,
+                                      size_t count, enum dtype dtype, enum reduction reduction,
+                                      size_t per_chunk, size_t chunks) {
   size_t bytes = dtype_bytes(dtype);
   for (size_t index = 0; index < chunks + 2; index++) {
     if (index < chunks) {
@@ -101,20 +121,26 @@ static enum outcome all_reduce_in_chunks(group_t *group, uint64_t tag, const cha
   return DONE;
 }
 
+/* From here on two ranks do not share the work either: it is memory that takes the time, not the sums, and what
+ * the other has staged is read at once. With chunks of half the size more of that is still in the cache. */
+static const size_t LARGE_BYTES = 8 << 20;
+
 enum outcome group_all_reduce(group_t *group, const void *input, void *output, size_t count,
                               enum dtype dtype, enum reduction reduction) {
-  size_t bytes = dtype_bytes(dtype);
   if (!can_reduce(dtype, reduction)) return REFUSED;
-  int is_small = count * bytes <= smaller(group->one_shot_bytes, group->layout.chunk);
-  size_t per_chunk = group->layout.chunk / bytes / 64 * 64;
+  size_t bytes = dtype_bytes(dtype), chunk = group->layout.chunk;
+  int is_small = count * bytes <= smaller(group->one_shot_bytes, chunk);
+  int is_large = group->ranks == 2 && count * bytes >= LARGE_BYTES;
+  size_t per_chunk = (is_large ? chunk / 2 : chunk) / bytes / 64 * 64;
   size_t chunks = is_small ? 1 : divide_up(count, per_chunk);
   call_t call = describe(ALL_REDUCE, dtype, reduction, count);
   uint64_t tag;
   enum outcome outcome = begin_call(group, &call, (uint32_t)chunks, &tag);
   if (outcome == DONE)
-    outcome = is_small ? all_reduce_one_shot(group, tag, input, output, count, dtype, reduction)
-                       : all_reduce_in_chunks(group, tag, input, output, count, dtype, reduction, per_chunk,
-                                              chunks);
+    outcome = is_small || is_large ? all_reduce_alone(group, tag, input, output, count, dtype, reduction,
+                                                      per_chunk, chunks)
+                                   : all_reduce_shared(group, tag, input, output, count, dtype, reduction,
+                                                       per_chunk, chunks);
   return end_call(group, outcome);
 }
 
