@@ -22,7 +22,7 @@ from colrow.collectives import (
     Slice,
     typed,
 )
-from colrow.layers import embedding, linear
+from colrow.layers import embedding, linear_functions
 
 REPLICATION = {"I": I, "R": R}
 
@@ -88,8 +88,8 @@ def register() -> None:
     for function, rule in (
         (typed._Apply, _collective),
         (typed._Attach, _pending),
-        (linear._ColumnLinear, _column),
-        (linear._RowLinear, _row),
+        (linear_functions.ColumnLinear, _column),
+        (linear_functions.RowLinear, _row),
         (embedding._Lookup, _lookup),
         (losses._CrossEntropy, _cross_entropy),
     ):

@@ -127,6 +127,18 @@ class Filled(nn.Module):
         return result + batch["x"].sin() + batch["mixed"] + hidden[0].cos() + hidden[2]
 
 
+class Tapped(nn.Module):
+    """Feed-forward layers side by side; what they give is returned in a list, and read by nobody."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.ModuleList(nn.Linear(WIDTH, 20) for _ in range(3))
+        self.down = nn.ModuleList(nn.Linear(20, WIDTH) for _ in range(3))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [down(up(x).relu()).flatten(0, 1) for up, down in zip(self.up, self.down, strict=True)]
+
+
 class Routed(nn.Module):
     """Experts of which the last two do nothing, in a loop over those that were chosen."""
 
@@ -160,6 +172,7 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, dict[str, Tensor]]]] = {
     "unheard": lambda: (Unheard(), {"x": torch.randn(2, 5, WIDTH)}),
     "handed-back": lambda: (Handed(), {"x": torch.randn(2, 5, WIDTH)}),
     "filled-by-a-module": lambda: (Filled(), {"x": torch.randn(2, 5, WIDTH)}),
+    "tapped": lambda: (nn.Sequential(nn.Linear(WIDTH, WIDTH), Tapped()), {"input": torch.randn(2, 5, WIDTH)}),
     "idle-experts": lambda: (Routed(), {"x": torch.randn(9, WIDTH)}),
     "returned": lambda: (Reading(mixes=False), _pair()),
     "returned-and-read": lambda: (Reading(mixes=True), _pair()),

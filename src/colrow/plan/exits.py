@@ -92,6 +92,12 @@ class _Search:
         self._calls: dict[int, list[FunctionCall]] = defaultdict(list)
         for call in self._trace.calls:
             self._calls[call.module.index].append(call)
+        self._returned: dict[int, list[tuple[int, int]]] = defaultdict(list)
+        for module in self._trace.modules:
+            for _, value in module.outputs:
+                self._returned[value.index].append((module.first, module.last))
+        for _, value in self._trace.outputs:
+            self._returned[value.index].append((0, len(self._trace.operations)))
 
     def run(self) -> Reductions:
         trace = self._trace
@@ -177,7 +183,10 @@ class _Search:
         leaving = [
             value
             for value, _ in spread.values.values()
-            if value.index in given or any(use.index >= last for use in value.uses)
+            if value.index in given
+            or any(use.index >= last for use in value.uses)
+            # nothing may read it any more, but for whoever calls a module around
+            or any(begin <= first and last <= end for begin, end in self._returned[value.index])
         ]
         if not leaving or any(value.index not in given for value in leaving):
             return None
