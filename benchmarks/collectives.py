@@ -37,12 +37,16 @@ SIZES = tuple(4096 * 4**power for power in range(8))
 """Bytes: 4 KB to 64 MB."""
 TARGETS = ((4 << 20, 20.0), (64 << 20, 8.0))
 """How much faster than gloo the direct all-reduce of two ranks has to be, up to a size in bytes."""
-BLOCK_BYTES = 32 << 20
-"""What a block of calls moves, at most 200 calls and at least 3; gloo, of which a tenth, would take long."""
+BLOCK_BYTES = 16 << 20
+"""What a block of calls moves, at most 100 calls and at least one; gloo's blocks are a tenth of that."""
+LEAST_BLOCKS = 5
 
 
-def measure(ranks: int, operations: list[str], sizes: list[int], rounds: int) -> list[dict[str, Any]]:
-    """In each rank: a row per operation, dtype and size, with the medians in seconds of every block."""
+def measure(ranks: int, operations: list[str], sizes: list[int], seconds: float) -> list[dict[str, Any]]:
+    """In each rank: a row per operation, dtype and size, with the medians in seconds of every block.
+
+    ``seconds``: how long to measure each row.
+    """
     colrow.init_mesh(tp=ranks, device="cpu", timeout=300)
     gloo = dist.new_group(backend="gloo")
     assert dist.group.WORLD is not None
@@ -56,13 +60,17 @@ def measure(ranks: int, operations: list[str], sizes: list[int], rounds: int) ->
                 calls = _calls(
                     operation, torch.zeros(size // dtype.itemsize, dtype=dtype), ranks, gloo, shared
                 )
+                number = max(1, min(100, BLOCK_BYTES // size))
+                numbers = {way: max(1, number // 10) if way == "gloo" else number for way in WAYS}
+                begin = time.perf_counter()
+                for way in WAYS:  # warms, and tells how many blocks there is time for
+                    _block(calls[way], numbers[way])
+                rounds = torch.tensor([seconds / (time.perf_counter() - begin)])
+                dist.broadcast(rounds, 0)
                 blocks: dict[str, list[float]] = {way: [] for way in WAYS}
-                number = max(3, min(200, BLOCK_BYTES // size))
-                for round_ in range(rounds + 1):
+                for _ in range(max(LEAST_BLOCKS, int(rounds.item()))):
                     for way in WAYS:
-                        seconds = _block(calls[way], max(3, number // 10) if way == "gloo" else number)
-                        if round_:  # the first one warms
-                            blocks[way].append(seconds)
+                        blocks[way].append(_block(calls[way], numbers[way]))
                 rows.append({"operation": operation, "dtype": name, "bytes": size, "blocks": blocks})
     return rows
 
@@ -156,7 +164,7 @@ def main(arguments: list[str]) -> int:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description="Collectives through gloo and through shared memory.")
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=9, help="blocks of each way (default: 9)")
+    parser.add_argument("--seconds", type=float, default=2.0, help="for each row (default: 2)")
     parser.add_argument("--operations", nargs="+", choices=OPERATIONS, default=["all_reduce"])
     parser.add_argument("--largest", type=int, default=SIZES[-1], help="bytes of the largest tensor")
     parser.add_argument("--json", type=Path, help="write all numbers to this file")
@@ -166,7 +174,7 @@ def main(arguments: list[str]) -> int:
         "ranks": options.ranks,
         "operations": options.operations,
         "sizes": sizes,
-        "rounds": options.rounds,
+        "seconds": options.seconds,
     }
     module = __spec__.name if __spec__ else Path(__file__).stem
     results = summary(launch(f"{module}:measure", task, options.ranks, timeout=600))

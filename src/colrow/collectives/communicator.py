@@ -12,7 +12,6 @@ import math
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -20,10 +19,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from colrow.collectives import shared
+from colrow.collectives import shared, through_torch
 from colrow.collectives.failure import diagnose, register_member
 from colrow.collectives.pending import Pending, Work
-from colrow.collectives.shapes import check_dimension, exchanged_shapes, gathered_sizes, pad, scattered_sizes
+from colrow.collectives.shapes import check_dimension, exchanged_shapes, gathered_sizes, scattered_sizes
 from colrow.collectives.statistics import Call, CommStats, current_phase
 from colrow.transport import SharedGroup, share_memory
 
@@ -32,10 +31,6 @@ Group: TypeAlias = "Communicator | dist.ProcessGroup | DeviceMesh"
 
 _SAME_SIZE = ("all_reduce", "reduce_scatter", "broadcast")
 """Collectives whose payload is of one size on all ranks."""
-_REDUCTIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
-# torch 2.13 renamed these two and warns about the old names
-_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_scatter_reduced = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 class Communicator:
@@ -116,9 +111,23 @@ class Communicator:
         self._shared = found[0]
         self._may_share = self._shared is not None
 
-    def _run(self, operation: str, label: str, payload: int, plan: shared.Plan) -> Pending:
-        """Run a collective in shared memory; it is complete when this returns."""
-        run, finish = plan
+    def _start(
+        self,
+        operation: str,
+        label: str,
+        tensor: Tensor,
+        in_memory: Callable[[SharedGroup], shared.Plan],
+        by_torch: Callable[[], through_torch.Begun],
+        *,
+        reduction: str = "",
+        payload: int | None = None,
+    ) -> Pending:
+        """Begin a collective on ``tensor``. In shared memory it is complete when this returns."""
+        payload = _bytes(tensor) if payload is None else payload
+        memory = self._shares(tensor, operation, label)
+        if memory is None or (reduction and not memory.can_reduce(tensor.dtype, reduction)):
+            return self._begin(operation, label, payload, *by_torch())
+        run, finish = in_memory(memory)
         pending = self._begin(operation, label, payload, lambda: shared.Blocking(run), finish)
         pending.wait()
         return pending
@@ -144,21 +153,13 @@ class Communicator:
         """
         if self.size == 1:
             return Pending.completed(tensor if owned else tensor.clone())
-        memory = self._shares(tensor, "all_reduce", label)
-        if memory is not None and memory.can_reduce(tensor.dtype, reduction):
-            plan = shared.all_reduce(memory, tensor, reduction, owned)
-            return self._run("all_reduce", label, _bytes(tensor), plan)
-        dtype = self.sum_dtype(tensor.dtype) if reduction == "sum" else tensor.dtype
-        if owned and tensor.is_contiguous() and dtype == tensor.dtype:
-            buffer = tensor
-        else:
-            buffer = tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
-        return self._begin(
+        return self._start(
             "all_reduce",
             label,
-            _bytes(tensor),
-            lambda: dist.all_reduce(buffer, _REDUCTIONS[reduction], group=self.group, async_op=True),
-            lambda: buffer.to(tensor.dtype),
+            tensor,
+            lambda memory: shared.all_reduce(memory, tensor, reduction, owned),
+            lambda: through_torch.all_reduce(self, tensor, reduction, owned),
+            reduction=reduction,
         )
 
     def start_all_gather(
@@ -177,31 +178,13 @@ class Communicator:
         dimension = check_dimension(dimension, shard)
         sizes = gathered_sizes(shard, dimension, sizes, self.rank, self.size)
         rest = math.prod(shard.shape[:dimension] + shard.shape[dimension + 1 :])
-        payload = shard.element_size() * rest * sum(sizes)
-        memory = self._shares(shard, "all_gather", label)
-        if memory is not None:
-            return self._run("all_gather", label, payload, shared.all_gather(memory, shard, dimension, sizes))
-        largest = max(sizes)
-        source = pad(shard, dimension, largest).contiguous()
-        stacked = source.new_empty((self.size, *source.shape))
-
-        def finish() -> Tensor:
-            if dimension == 0 and len(set(sizes)) == 1:
-                return stacked.view(sum(sizes), *shard.shape[1:])
-            parts = [stacked[rank].narrow(dimension, 0, size) for rank, size in enumerate(sizes)]
-            return torch.cat(parts, dimension)
-
-        return self._begin(
+        return self._start(
             "all_gather",
             label,
-            payload,
-            lambda: _gather_into(
-                stacked.view(-1),
-                source.view(-1),
-                group=self.group,
-                async_op=True,
-            ),
-            finish,
+            shard,
+            lambda memory: shared.all_gather(memory, shard, dimension, sizes),
+            lambda: through_torch.all_gather(self, shard, dimension, sizes),
+            payload=shard.element_size() * rest * sum(sizes),
         )
 
     def start_reduce_scatter(
@@ -219,21 +202,13 @@ class Communicator:
             return Pending.completed(tensor.clone())
         dimension = check_dimension(dimension, tensor)
         sizes = scattered_sizes(tensor, dimension, sizes, self.size)
-        memory = self._shares(tensor, "reduce_scatter", label)
-        if memory is not None and memory.can_reduce(tensor.dtype, "sum"):
-            plan = shared.reduce_scatter(memory, tensor, dimension, sizes)
-            return self._run("reduce_scatter", label, _bytes(tensor), plan)
-        largest = max(sizes)
-        dtype = self.sum_dtype(tensor.dtype)
-        pieces = tensor.to(dtype).split(list(sizes), dimension)
-        source = torch.stack([pad(piece, dimension, largest) for piece in pieces])
-        own = source.new_empty(source.shape[1:])
-        return self._begin(
+        return self._start(
             "reduce_scatter",
             label,
-            _bytes(tensor),
-            lambda: _scatter_reduced(own.view(-1), source.view(-1), group=self.group, async_op=True),
-            lambda: own.narrow(dimension, 0, sizes[self.rank]).contiguous().to(tensor.dtype),
+            tensor,
+            lambda memory: shared.reduce_scatter(memory, tensor, dimension, sizes),
+            lambda: through_torch.reduce_scatter(self, tensor, dimension, sizes),
+            reduction="sum",
         )
 
     def start_all_to_all(
@@ -263,32 +238,37 @@ class Communicator:
         shapes = exchanged_shapes(
             tensor, split_dimension, split_sizes, concat_dimension, concat_sizes, self.rank, self.size
         )
-        memory = self._shares(tensor, "all_to_all", label)
-        if memory is not None:
-            pieces = tensor.split(list(split_sizes), split_dimension)
-            plan = shared.all_to_all(memory, pieces, shapes, concat_dimension)
-            return self._run("all_to_all", label, _bytes(tensor), plan)
         pieces = tensor.split(list(split_sizes), split_dimension)
         source = torch.cat([piece.reshape(-1) for piece in pieces])
-        counts = [torch.Size(shape).numel() for shape in shapes]
-        received = source.new_empty(sum(counts))
-        return self._begin(
-            "all_to_all",
-            label,
-            _bytes(source),
-            lambda: dist.all_to_all_single(
-                received,
-                source,
-                counts,
-                [piece.numel() for piece in pieces],
-                group=self.group,
-                async_op=True,
-            ),
-            lambda: torch.cat(
-                [part.view(shape) for part, shape in zip(received.split(counts), shapes, strict=True)],
-                concat_dimension,
-            ),
-        )
+        given = [piece.numel() for piece in pieces]
+        taken = [torch.Size(shape).numel() for shape in shapes]
+
+        def joined(received: Tensor) -> Tensor:
+            parts = [part.view(shape) for part, shape in zip(received.split(taken), shapes, strict=True)]
+            return torch.cat(parts, concat_dimension)
+
+        return self._exchange("all_to_all", label, source, given, taken, joined)
+
+    def _exchange(
+        self,
+        operation: str,
+        label: str,
+        source: Tensor,
+        given: Sequence[int],
+        taken: Sequence[int],
+        finish: Callable[[Tensor], Tensor],
+    ) -> Pending:
+        """Parts of ``source``, of so many elements, to each rank, and what comes from each in their order."""
+
+        def by_torch() -> through_torch.Begun:
+            start, received = through_torch.all_to_all(self, source, given, taken)
+            return start, lambda: finish(received())
+
+        def in_memory(memory: SharedGroup) -> shared.Plan:
+            run, received = shared.all_to_all(memory, source, given, taken)
+            return run, lambda: finish(received())
+
+        return self._start(operation, label, source, in_memory, by_torch)
 
     def start_broadcast(
         self, tensor: Tensor, source: int, *, label: str = "", owned: bool = False
@@ -299,21 +279,12 @@ class Communicator:
         """
         if self.size == 1:
             return Pending.completed(tensor if owned else tensor.clone())
-        memory = self._shares(tensor, "broadcast", label)
-        if memory is not None:
-            plan = shared.broadcast(memory, tensor, source, owned)
-            return self._run("broadcast", label, _bytes(tensor), plan)
-        if owned and tensor.is_contiguous():
-            buffer = tensor
-        else:
-            buffer = tensor.clone(memory_format=torch.contiguous_format)
-        root = self.global_ranks[source]
-        return self._begin(
+        return self._start(
             "broadcast",
             label,
-            _bytes(buffer),
-            lambda: dist.broadcast(buffer, root, group=self.group, async_op=True),
-            lambda: buffer,
+            tensor,
+            lambda memory: shared.broadcast(memory, tensor, source, owned),
+            lambda: through_torch.broadcast(self, tensor, source, owned),
         )
 
     def start_reduce(
@@ -325,21 +296,13 @@ class Communicator:
         """
         if self.size == 1:
             return Pending.completed(tensor if owned else tensor.clone())
-        memory = self._shares(tensor, "reduce", label)
-        if memory is not None and memory.can_reduce(tensor.dtype, "sum"):
-            return self._run("reduce", label, _bytes(tensor), shared.reduce(memory, tensor, destination))
-        dtype = self.sum_dtype(tensor.dtype)
-        if owned and tensor.is_contiguous() and dtype == tensor.dtype:
-            buffer = tensor
-        else:
-            buffer = tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
-        root = self.global_ranks[destination]
-        return self._begin(
+        return self._start(
             "reduce",
             label,
-            _bytes(tensor),
-            lambda: dist.reduce(buffer, root, group=self.group, async_op=True),
-            lambda: buffer.to(tensor.dtype),
+            tensor,
+            lambda memory: shared.reduce(memory, tensor, destination),
+            lambda: through_torch.reduce(self, tensor, destination, owned),
+            reduction="sum",
         )
 
     def all_reduce(self, tensor: Tensor, reduction: str = "sum", *, label: str = "") -> Tensor:
@@ -375,23 +338,8 @@ class Communicator:
         counts = [torch.Size(shape).numel() for shape in shapes]
         source = shard.contiguous().view(-1)
         is_root = self.rank == 0
-        received = source.new_empty(sum(counts) if is_root else 0)
         taken, given = counts if is_root else [0] * self.size, [source.numel()] + [0] * (self.size - 1)
-        memory = self._shares(source, "gather", label)
-        if memory is not None:
-            run = partial(memory.all_to_all, source, received, given, taken)
-            pending = self._run("gather", label, _bytes(source), (run, lambda: received))
-        else:
-            pending = self._begin(
-                "gather",
-                label,
-                _bytes(source),
-                lambda: dist.all_to_all_single(
-                    received, source, taken, given, group=self.group, async_op=True
-                ),
-                lambda: received,
-            )
-        result = pending.wait()
+        result = self._exchange("gather", label, source, given, taken, lambda received: received).wait()
         if not is_root:
             return []
         return [part.view(tuple(shape)) for part, shape in zip(result.split(counts), shapes, strict=True)]

@@ -67,27 +67,10 @@ def reduce_scatter(memory: SharedGroup, tensor: Tensor, dimension: int, sizes: S
     return lambda: memory.reduce_scatter(source, result, counts), lambda: result
 
 
-def all_to_all(
-    memory: SharedGroup, pieces: Sequence[Tensor], shapes: Sequence[Sequence[int]], concat_dimension: int
-) -> Plan:
-    """See :meth:`Communicator.start_all_to_all`.
-
-    Args:
-        memory: the ranks.
-        pieces: what goes to each rank.
-        shapes: of what comes from each rank.
-        concat_dimension: dimension along which that is joined.
-    """
-    source = torch.cat([piece.reshape(-1) for piece in pieces])
-    given = [piece.numel() for piece in pieces]
-    taken = [torch.Size(shape).numel() for shape in shapes]
+def all_to_all(memory: SharedGroup, source: Tensor, given: Sequence[int], taken: Sequence[int]) -> Plan:
+    """Elements ``given`` to each rank, one after the other in ``source``, and ``taken`` from each alike."""
     received = source.new_empty(sum(taken))
-
-    def finish() -> Tensor:
-        parts = [part.view(tuple(shape)) for part, shape in zip(received.split(taken), shapes, strict=True)]
-        return torch.cat(parts, concat_dimension)
-
-    return lambda: memory.all_to_all(source, received, given, taken), finish
+    return lambda: memory.all_to_all(source, received, given, taken), lambda: received
 
 
 def broadcast(memory: SharedGroup, tensor: Tensor, source: int, owned: bool) -> Plan:

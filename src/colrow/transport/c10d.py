@@ -8,7 +8,6 @@ What only gloo has (sending and receiving, sparse tensors, gathering to one rank
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
@@ -19,15 +18,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import AllgatherOptions, Store
 from torch.distributed import ProcessGroup, ProcessGroupGloo
-from torch.futures import Future
 
-from colrow.errors import RankFailure
-from colrow.transport.errors import TransportError
 from colrow.transport.group import SharedGroup
 from colrow.transport.rendezvous import join
+from colrow.transport.work import Completed, Waiting
 
 BACKEND = "shm"
-LABEL = "torch.distributed"
 _HALF = (torch.bfloat16, torch.float16)
 _REDUCTIONS: dict[Any, str] = {
     dist.ReduceOp.SUM: "sum",
@@ -87,70 +83,6 @@ def _create(options: Any, backend_options: object) -> SharedMemoryProcessGroup:
     )
 
 
-class _Completed(dist.Work):
-    """A collective that is done when its call returns."""
-
-    def __init__(self, result: list[Tensor]) -> None:
-        super().__init__()
-        self._tensors = result
-
-    def wait(self, timeout: timedelta | None = None) -> bool:
-        return True
-
-    def is_completed(self) -> bool:
-        return True
-
-    def is_success(self) -> bool:
-        return True
-
-    def synchronize(self) -> None:
-        return None
-
-    def exception(self) -> None:
-        return None
-
-    def result(self) -> list[Tensor]:
-        return self._tensors
-
-    def get_future(self) -> Future:
-        future: Future = Future()
-        future.set_result(self._tensors)
-        return future
-
-
-class _Waiting:
-    """A collective under way, with what the other ranks ask about it when one of them fails."""
-
-    def __init__(self, operation: str, ranks: Sequence[int]) -> None:
-        from colrow.collectives.statistics import Call, current_phase
-
-        self._call = Call(operation, LABEL, current_phase(), 0)
-        self._ranks = ranks
-
-    def wait(self, function: Callable[[], None], error_type: type[Exception] = TransportError) -> None:
-        """Run a blocking collective, which raises errors of a type if another rank is at fault.
-
-        Raises:
-            RankFailure: if another rank died, raised or did not come within the group's timeout.
-        """
-        begin = time.perf_counter()  # read from this frame by current_position
-        try:
-            function()
-        except error_type as error:
-            raise self._diagnose(error) from error
-        self.seconds = time.perf_counter() - begin
-
-    def _diagnose(self, error: Exception) -> RankFailure:
-        """The failure, with the user's line: labels are colrow's own collectives'."""
-        from colrow.collectives.failure import diagnose
-        from colrow.collectives.position import describe_collective, own_place
-
-        failure = diagnose(error, self._call, self._ranks)
-        where = describe_collective(self._call.operation, self._call.label)
-        message = own_place() + str(failure).removeprefix(where)
-        return RankFailure(message, failure.ranks, failure.label)
-
-
 class SharedMemoryProcessGroup(ProcessGroup):
     """A process group for CPU tensors, with a gloo group inside.
 
@@ -205,7 +137,7 @@ class SharedMemoryProcessGroup(ProcessGroup):
         """
         if not self._has_joined:
             if operation:
-                _Waiting(operation, self._global_ranks).wait(self._join, RuntimeError)
+                Waiting(operation, self._global_ranks).wait(self._join, RuntimeError)
             else:
                 self._join()
         return self._shared
@@ -241,8 +173,8 @@ class SharedMemoryProcessGroup(ProcessGroup):
         return shared, reduction
 
     def _run(self, operation: str, function: Callable[[], None], result: list[Tensor]) -> dist.Work:
-        _Waiting(operation, self._global_ranks).wait(function)
-        return _Completed(result)
+        Waiting(operation, self._global_ranks).wait(function)
+        return Completed(result)
 
     def allreduce(self, tensors: list[Tensor], opts: Any = None) -> dist.Work:  # type: ignore[override]
         opts = opts or dist.AllreduceOptions()
@@ -277,7 +209,7 @@ class SharedMemoryProcessGroup(ProcessGroup):
             return works[0]
         for work in works:
             work.wait()
-        return _Completed(tensors)
+        return Completed(tensors)
 
     def broadcast(self, tensors: list[Tensor], opts: Any = None) -> dist.Work:  # type: ignore[override]
         opts = opts or dist.BroadcastOptions()
@@ -420,7 +352,7 @@ class SharedMemoryProcessGroup(ProcessGroup):
         self.all_to_all_single(result, source, taken, given, opts).wait()
         for output, piece in zip(outputs, result.split(taken), strict=True):
             output.copy_(piece.view_as(output))
-        return _Completed(outputs)
+        return Completed(outputs)
 
     def barrier(self, opts: Any = None) -> dist.Work:
         opts = opts or dist.BarrierOptions()
@@ -473,4 +405,4 @@ def _last(works: list[dist.Work], result: list[Tensor]) -> dist.Work:
         return works[0]
     for work in works:
         work.wait()
-    return _Completed(result)
+    return Completed(result)
