@@ -10,6 +10,7 @@ from colrow.layers.linear import (
     multiply_faster,
     row_parallel,
 )
+from colrow.layers.linear_cross_entropy import linear_cross_entropy
 from colrow.layers.lookup import lookup
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "VocabParallelEmbedding",
     "column_parallel",
     "cross_entropy",
+    "linear_cross_entropy",
     "lookup",
     "multiply_faster",
     "row_parallel",

@@ -6,29 +6,24 @@ largest logit, then the sum of exponentials and the target's logit.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from colrow.collectives import AllReduce, Communicator, Group, communicator, compiled
-from colrow.layers.embedding import check_range
+from colrow.collectives import AllReduce, Group, communicator, compiled
+from colrow.layers.loss_terms import (
+    NO_SECOND_DERIVATIVE,
+    LossInputs,
+    Reduction,
+    Terms,
+    checked,
+    wide_dtype,
+)
 from colrow.layout import Cut
 
 TOKENS_PER_CHUNK = 1024
 """Logits are widened to single precision for this many tokens at a time."""
-
-
-@dataclass(frozen=True)
-class _Options:
-    ranks: Communicator
-    start: int
-    vocabulary: int
-    ignore_index: int
-    smoothing: float
-    z_loss: float
-    label: str
 
 
 def _wide(chunk: Tensor) -> Tensor:
@@ -39,91 +34,53 @@ class _CrossEntropy(torch.autograd.Function):
     """Loss per token, I, from logits [tokens, this rank's ids], V; 0 where the target is ignored."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, target: Tensor, weight: Tensor | None, options: _Options) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, inputs: LossInputs) -> Tensor:
         tokens, width = logits.shape
-        kept = target != options.ignore_index
-        local = target - options.start
-        own = kept & (local >= 0) & (local < width)
-        column = torch.where(own, local, 0)
-        chunks = range(0, tokens, TOKENS_PER_CHUNK)
-        wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        options, wide = inputs.options, wide_dtype(logits.dtype)
+        terms = Terms.of(inputs, width, wide)
 
         largest = logits.new_full((tokens,), -torch.inf, dtype=wide)
         if width:
             torch.amax(logits, 1, out=largest) if logits.dtype == wide else largest.copy_(logits.amax(1))
         largest = options.ranks.all_reduce(largest, "max", label=f"{options.label} max")
 
-        # rows: sum of exponentials; the target's logit; (weighted) sum of logits, for label smoothing
+        # rows: sum of exponentials; then what is linear in the logits
         sums = logits.new_zeros((3 if options.smoothing else 2, tokens), dtype=wide)
-        for begin in chunks if width else ():
+        for begin in range(0, tokens, TOKENS_PER_CHUNK) if width else ():
             part = slice(begin, begin + TOKENS_PER_CHUNK)
             values = _wide(logits[part])
             sums[0, part] = (values - largest[part, None]).exp_().sum(1)
-            sums[1, part] = torch.where(own[part], values.gather(1, column[part, None])[:, 0], 0)
-            if options.smoothing:
-                local_weight = None if weight is None else _local(weight, options, width).to(wide)
-                sums[2, part] = values.sum(1) if local_weight is None else values @ local_weight
+            for row, sum in enumerate(terms.at(part).of_logits(values), 1):
+                sums[row, part] = sum
         sums = options.ranks.start_all_reduce(sums, label=f"{options.label} sum", owned=True).wait()
 
         log_sum = sums[0].log() + largest
-        target_weight = kept.to(wide)
-        total_weight = float(options.vocabulary)
-        if weight is not None:
-            target_weight = target_weight * weight.to(wide)[torch.where(kept, target, 0)]
-            total_weight = float(weight.sum())
-        loss = (1 - options.smoothing) * target_weight * (log_sum - sums[1])
-        if options.smoothing:
-            share = options.smoothing / options.vocabulary
-            loss = loss + share * torch.where(kept, log_sum * total_weight - sums[2], 0)
-        if options.z_loss:
-            loss = loss + options.z_loss * torch.where(kept, log_sum**2, 0)
-        # a number that is not finite must not hide behind an ignored target
-        loss = torch.where(kept, loss, 0)
-        ctx.save_for_backward(logits, log_sum, kept, own, column, target_weight, weight)
-        ctx.options, ctx.total_weight = options, total_weight
-        return loss
+        ctx.save_for_backward(logits, log_sum)
+        ctx.terms = terms
+        return terms.loss(log_sum, sums[1:])
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # create_graph=True
-            raise RuntimeError(
-                "the parallel cross-entropy has no second derivative: call backward without create_graph, "
-                "or gather the logits and use F.cross_entropy"
-            )
-        logits, log_sum, kept, own, column, target_weight, weight = ctx.saved_tensors
-        options: _Options = ctx.options
+            raise RuntimeError(NO_SECOND_DERIVATIVE)
+        logits, log_sum = ctx.saved_tensors
+        terms: Terms = ctx.terms
         tokens, width = logits.shape
         result = torch.empty_like(logits)
-        if not width:
-            return result, None, None, None
-        scale = torch.where(kept, gradient, 0)
-        share = options.smoothing / options.vocabulary
-        # coefficient of the softmax, and of the target's own logit
-        of_target = scale * (1 - options.smoothing) * target_weight
-        of_softmax = of_target + scale * share * ctx.total_weight
-        if options.z_loss:
-            of_softmax = of_softmax + 2 * options.z_loss * scale * log_sum
-        of_every = None
-        if options.smoothing:
-            ones = torch.ones(width, dtype=log_sum.dtype, device=logits.device)
-            of_every = share * (ones if weight is None else _local(weight, options, width).to(log_sum.dtype))
-        for begin in range(0, tokens, TOKENS_PER_CHUNK):
+        scale = torch.where(terms.kept, gradient, 0)
+        of_softmax = terms.of_softmax(log_sum, scale)
+        for begin in range(0, tokens, TOKENS_PER_CHUNK) if width else ():
             part = slice(begin, begin + TOKENS_PER_CHUNK)
             values = (_wide(logits[part]) - log_sum[part, None]).exp_().mul_(of_softmax[part, None])
-            correction = torch.where(own[part], of_target[part], 0)
-            values.scatter_add_(1, column[part, None], -correction[:, None])
-            if of_every is not None:
-                values.sub_(scale[part, None] * of_every)
-            # an ignored token's logits may be infinite: its gradient is zero all the same
-            values.masked_fill_(~kept[part, None], 0)
+            terms.at(part).finish_gradient_(values, scale[part])
             result[part] = values
-        return result, None, None, None
+        return result, None
 
 
-def _traced(logits: Tensor, target: Tensor, weight: Tensor | None, options: _Options) -> Tensor:
+def _traced(logits: Tensor, inputs: LossInputs) -> Tensor:
     """:class:`_CrossEntropy` in operators that torch.compile can trace: it fuses them and keeps no copy."""
+    options, target, kept, weight = inputs.options, inputs.target, inputs.kept, inputs.class_weight
     tokens, width = logits.shape
-    kept = target != options.ignore_index
     local = target - options.start
     own = kept & (local >= 0) & (local < width)
     # an ignored token's logits may be infinite: its gradient is zero all the same
@@ -145,7 +102,7 @@ def _traced(logits: Tensor, target: Tensor, weight: Tensor | None, options: _Opt
         total_weight = weight.to(wide).sum()
         target_weight = target_weight * weight.to(wide)[torch.where(kept, target, 0)]
     if options.smoothing:
-        sums.append(values.sum(1) if weight is None else values @ _local(weight, options, width).to(wide))
+        sums.append(values.sum(1) if weight is None else values @ options.own(weight, width).to(wide))
     reduced = AllReduce(options.ranks, f"{options.label} sum")(torch.stack(sums))
     log_sum = reduced[0].log() + largest
     loss = (1 - options.smoothing) * target_weight * (log_sum - reduced[1])
@@ -156,10 +113,6 @@ def _traced(logits: Tensor, target: Tensor, weight: Tensor | None, options: _Opt
     return torch.where(kept, loss, 0)
 
 
-def _local(weight: Tensor, options: _Options, width: int) -> Tensor:
-    return weight[options.start : options.start + width]
-
-
 def cross_entropy(
     logits: Tensor,
     target: Tensor,
@@ -168,7 +121,7 @@ def cross_entropy(
     vocabulary: int | Cut,
     weight: Tensor | None = None,
     ignore_index: int = -100,
-    reduction: Literal["mean", "sum", "none"] = "mean",
+    reduction: Reduction = "mean",
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     label: str = "cross-entropy",
@@ -199,36 +152,21 @@ def cross_entropy(
         IndexError: if a target is neither in [0, vocabulary) nor ``ignore_index``.
         ValueError: if shapes, cut and group do not fit, or an option is out of range.
     """
-    ranks = communicator(group)
-    cut = vocabulary if isinstance(vocabulary, Cut) else Cut.balanced(vocabulary, ranks.size)
-    if cut.ranks != ranks.size or cut.count(ranks.rank) != logits.shape[-1]:
-        raise ValueError(
-            f"rank {ranks.rank} should hold the logits of {cut.counts[ranks.rank]} of {cut.units} ids, "
-            f"got {logits.shape[-1]}"
-        )
-    if logits.shape[:-1] != target.shape:
-        raise ValueError(f"logits {list(logits.shape)} do not fit the target {list(target.shape)}")
-    if target.is_floating_point():
-        raise ValueError("class probabilities as target are not supported: give ids")
-    if not 0 <= label_smoothing < 1:
-        raise ValueError(f"label_smoothing must be in [0, 1), not {label_smoothing}")
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', not {reduction!r}")
-    if weight is not None and tuple(weight.shape) != (cut.units,):
-        raise ValueError(f"weight must have the shape [{cut.units}], not {list(weight.shape)}")
-    flat_target = target.reshape(-1)
-    kept = flat_target != ignore_index
-    check_range(torch.where(kept, flat_target, 0), cut.units, f"the targets of {label}")
-    options = _Options(ranks, cut.start(ranks.rank), cut.units, ignore_index, label_smoothing, z_loss, label)
-    loss: Tensor = (_traced if torch.compiler.is_compiling() else _CrossEntropy.apply)(
-        logits.reshape(target.numel(), logits.shape[-1]),
-        flat_target,
-        None if weight is None else weight.detach(),
-        options,
+    inputs = checked(
+        communicator(group),
+        vocabulary,
+        logits.shape[-1],
+        logits.shape[:-1],
+        target,
+        weight,
+        reduction,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        label=label,
     )
+    function = _traced if torch.compiler.is_compiling() else _CrossEntropy.apply
+    loss: Tensor = function(logits.reshape(target.numel(), logits.shape[-1]), inputs)
     if reduction == "none":
         return loss.view(target.shape)
-    if reduction == "sum":
-        return loss.sum()
-    counted = kept if weight is None else weight[torch.where(kept, flat_target, 0)] * kept
-    return loss.sum() / counted.sum()
+    return loss.sum() if reduction == "sum" else loss.sum() / inputs.counted()

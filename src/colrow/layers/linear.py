@@ -15,10 +15,10 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
-from colrow.collectives import AllGather, AllReduce, Communicator, Enter, Group, Slice, communicator
+from colrow.collectives import AllGather, AllReduce, Communicator, Group, Slice, communicator
 from colrow.errors import PlanError
 from colrow.layers.entry import SharedEntry
-from colrow.layers.linear_functions import ColumnLinear, RowLinear, autocast, local_linear
+from colrow.layers.linear_functions import RowLinear, autocast, column_linear, local_linear
 from colrow.layers.products import Products, agreed_products
 from colrow.layers.shards import axis_layout, shard_parameter
 from colrow.layout import Cut, DimensionLayout, TensorLayout
@@ -113,15 +113,15 @@ class ColumnParallel(_ParallelLinear):
         """``x`` [..., in features], I (or R) -> [..., this rank's out features], V, or all of them, I."""
         if self.entry is not None:
             x = self.entry(x)
-        if self.entry is not None or self.reads == "R":
-            y = local_linear(x, *self._operands, self._out_first, self.products)
-        elif torch.compiler.is_compiling():  # which does the overlap itself, and autocast in the product
-            entered = Enter(self.communicator, f"enter {self.label}")(x)
-            y = local_linear(entered, *self._operands, self._out_first, self.products)
-        else:
-            operands = autocast(x, *self._operands)
-            label = f"enter {self.label}"
-            y = ColumnLinear.apply(*operands, self.communicator, label, self._out_first, self.products)
+        y = column_linear(
+            x,
+            *self._operands,
+            self.communicator,
+            f"enter {self.label}",
+            self._out_first,
+            self.products,
+            self.entry is not None or self.reads == "R",
+        )
         if self.region is not None:
             self.region.enter(y.device, self._region_name)
         if self.gather_output:

@@ -15,6 +15,9 @@ from torch import Tensor
 from colrow.collectives import AllReduce, Communicator, Enter
 from colrow.layers.products import Products, onednn
 
+FEATURES_PER_BLOCK = 1024
+"""Of so many output features at a time a gradient of a weight is added to others."""
+
 
 def local_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, out_first: bool, products: Products
@@ -26,14 +29,13 @@ def local_linear(
         products: who multiplies.
     """
     if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
-        return _product(x, weight, bias, out_first)
+        return product(x, weight, bias, out_first)
     if not (type(x) is Tensor and _goes_to_onednn(products, x, weight)):
-        return _product(x, weight, bias, out_first)
+        return product(x, weight, bias, out_first)
     return _LocalLinear.apply(x, weight, bias, out_first, products)
 
 
 def autocast(*tensors: Tensor | None) -> list[Tensor | None]:
-    """The tensors as ``torch.autocast`` would give them to a product."""
     """The operands in autocast's dtype, as it would give them to ``F.linear``."""
     device = next(tensor for tensor in tensors if tensor is not None).device.type
     if device == "meta" or not torch.is_autocast_enabled(device):
@@ -48,36 +50,91 @@ def _goes_to_onednn(products: Products, x: Tensor, weight: Tensor) -> bool:
     return x.dtype == torch.float32 and products.uses_onednn(x.numel() // max(1, x.shape[-1]), weight)
 
 
-def _product(
+def product(
     x: Tensor, weight: Tensor, bias: Tensor | None, out_first: bool, products: Products | None = None
 ) -> Tensor:
+    """The product without autograd of its own; arguments as of :func:`local_linear`."""
     if products is not None and _goes_to_onednn(products, x, weight):
         return onednn(x, weight if out_first else weight.t(), bias)
     if out_first:
         return F.linear(x, weight, bias)
     if bias is None:
         return x @ weight
-    return torch.addmm(bias, _rows(x), weight).view(*x.shape[:-1], weight.shape[1])  # as Conv1D does
+    return torch.addmm(bias, as_rows(x), weight).view(*x.shape[:-1], weight.shape[1])  # as Conv1D does
 
 
-def _input_gradient(gradient: Tensor, weight: Tensor, out_first: bool, products: Products) -> Tensor:
+def gradient_of_input(gradient: Tensor, weight: Tensor, out_first: bool, products: Products) -> Tensor:
+    """[..., in], from the gradient of the result, [..., out]."""
     if not torch.is_grad_enabled() and _goes_to_onednn(products, gradient, weight):
         return onednn(gradient, weight.t() if out_first else weight)
     return gradient @ (weight if out_first else weight.t())
 
 
-def _rows(x: Tensor) -> Tensor:
+def as_rows(x: Tensor) -> Tensor:
     """[..., features] as a matrix; -1 would be ambiguous where a rank holds no features."""
     return x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
 
 
-def _weight_gradient(
+def gradient_of_weight(
     gradient: Tensor, x: Tensor, weight: Tensor, out_first: bool, products: Products
 ) -> Tensor:
+    """Of the weight's own shape, from the gradient of the result and ``x``."""
     if not torch.is_grad_enabled() and _goes_to_onednn(products, gradient, weight):
         left, right = (gradient, x) if out_first else (x, gradient)
-        return onednn(_rows(left).t(), _rows(right).t())
-    return _rows(gradient).t() @ _rows(x) if out_first else _rows(x).t() @ _rows(gradient)
+        return onednn(as_rows(left).t(), as_rows(right).t())
+    return as_rows(gradient).t() @ as_rows(x) if out_first else as_rows(x).t() @ as_rows(gradient)
+
+
+def add_gradient_of_weight(
+    total: Tensor,
+    gradient: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    out_first: bool,
+    products: Products,
+    is_first: bool,
+) -> None:
+    """:func:`gradient_of_weight`, added to ``total`` in place, which may have a wider dtype.
+
+    Args:
+        gradient, x: matrices.
+        is_first: ``total`` is empty memory.
+    """
+    if total.dtype == gradient.dtype and not _goes_to_onednn(products, gradient, weight):
+        left, right = (gradient, x) if out_first else (x, gradient)
+        torch.addmm(total, left.t(), right, beta=0.0 if is_first else 1.0, out=total)
+        return
+    # the product, and the copy that oneDNN makes of what is transposed, take memory for one block only
+    for begin in range(0, gradient.shape[1], FEATURES_PER_BLOCK):
+        block = slice(begin, begin + FEATURES_PER_BLOCK)
+        part, into = (weight[block], total[block]) if out_first else (weight[:, block], total[:, block])
+        added = gradient_of_weight(gradient[:, block], x, part, out_first, products)
+        into.copy_(added) if is_first else into.add_(added)
+
+
+def column_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ranks: Communicator,
+    label: str,
+    out_first: bool,
+    products: Products,
+    is_entered: bool,
+) -> Tensor:
+    """A column-parallel product: ``x`` [..., in], I (R if it is entered) -> [..., this rank's out], V.
+
+    Args:
+        label: names the reduction of the input's gradient.
+        is_entered: whether that gradient is reduced elsewhere.
+        out_first, products: as in :func:`local_linear`.
+    """
+    if is_entered:
+        return local_linear(x, weight, bias, out_first, products)
+    if torch.compiler.is_compiling():  # which does the overlap itself, and autocast in the product
+        return local_linear(Enter(ranks, label)(x), weight, bias, out_first, products)
+    result: Tensor = ColumnLinear.apply(*autocast(x, weight, bias), ranks, label, out_first, products)
+    return result
 
 
 class _LocalLinear(torch.autograd.Function):
@@ -89,17 +146,17 @@ class _LocalLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.out_first, ctx.products = out_first, products
-        return _product(x, weight, bias, out_first, products)
+        return product(x, weight, bias, out_first, products)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        x_gradient = _input_gradient(gradient, weight, ctx.out_first, ctx.products) if needs_x else None
+        x_gradient = gradient_of_input(gradient, weight, ctx.out_first, ctx.products) if needs_x else None
         weight_gradient = None
         if needs_weight:
-            weight_gradient = _weight_gradient(gradient, x, weight, ctx.out_first, ctx.products)
-        bias_gradient = _rows(gradient).sum(0) if needs_bias else None
+            weight_gradient = gradient_of_weight(gradient, x, weight, ctx.out_first, ctx.products)
+        bias_gradient = as_rows(gradient).sum(0) if needs_bias else None
         return x_gradient, weight_gradient, bias_gradient, None, None
 
 
@@ -119,7 +176,7 @@ class ColumnLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.ranks, ctx.label, ctx.out_first, ctx.products = ranks, label, out_first, products
-        return _product(x, weight, bias, out_first, products)
+        return product(x, weight, bias, out_first, products)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -127,7 +184,7 @@ class ColumnLinear(torch.autograd.Function):
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         x_gradient = pending = weight_gradient = None
         if needs_x:
-            x_gradient = _input_gradient(gradient, weight, ctx.out_first, ctx.products)
+            x_gradient = gradient_of_input(gradient, weight, ctx.out_first, ctx.products)
             if x_gradient.requires_grad:  # a second derivative will be taken
                 x_gradient = AllReduce(ctx.ranks, ctx.label)(x_gradient)
             else:
@@ -135,8 +192,8 @@ class ColumnLinear(torch.autograd.Function):
         if needs_weight:
             # here x meets each rank's own gradient: its second derivative is partial
             entered = Enter(ctx.ranks, ctx.label)(x)
-            weight_gradient = _weight_gradient(gradient, entered, weight, ctx.out_first, ctx.products)
-        bias_gradient = _rows(gradient).sum(0) if needs_bias else None
+            weight_gradient = gradient_of_weight(gradient, entered, weight, ctx.out_first, ctx.products)
+        bias_gradient = as_rows(gradient).sum(0) if needs_bias else None
         if pending is not None:
             x_gradient = pending.wait()
         return x_gradient, weight_gradient, bias_gradient, None, None, None, None
@@ -158,7 +215,7 @@ class RowLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.ranks, ctx.label, ctx.out_first, ctx.products = ranks, label, out_first, products
-        partial = _product(x, weight, None, out_first, products)
+        partial = product(x, weight, None, out_first, products)
         result = ranks.start_all_reduce(partial, label=label, owned=True).wait()
         return result if bias is None else result.add_(bias)
 
@@ -170,8 +227,8 @@ class RowLinear(torch.autograd.Function):
         entered = Enter(ctx.ranks, ctx.label)(gradient)
         x_gradient = weight_gradient = None
         if needs_x:
-            x_gradient = _input_gradient(entered, weight, ctx.out_first, ctx.products)
+            x_gradient = gradient_of_input(entered, weight, ctx.out_first, ctx.products)
         if needs_weight:
-            weight_gradient = _weight_gradient(entered, x, weight, ctx.out_first, ctx.products)
-        bias_gradient = _rows(gradient).sum(0) if needs_bias else None
+            weight_gradient = gradient_of_weight(entered, x, weight, ctx.out_first, ctx.products)
+        bias_gradient = as_rows(gradient).sum(0) if needs_bias else None
         return x_gradient, weight_gradient, bias_gradient, None, None, None, None
