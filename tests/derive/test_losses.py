@@ -15,6 +15,7 @@ from colrow.verify import Report, verify_on_ranks
 from tests.pool import Pool, worker_mesh
 
 VOCABULARY, HIDDEN = 50, 16
+KINDS = ["likelihood", "smoothed", "sum", "temperature", "scale of each id", "confidence"]
 
 
 class Model(nn.Module):
@@ -26,10 +27,20 @@ class Model(nn.Module):
         self.table = nn.Embedding(VOCABULARY, HIDDEN)
         self.up, self.down = nn.Linear(HIDDEN, 41), nn.Linear(41, HIDDEN)
         self.norm, self.head = nn.LayerNorm(HIDDEN), nn.Linear(HIDDEN, VOCABULARY)
+        self.temperature = nn.Parameter(torch.tensor(1.3))
+        self.scale = nn.Parameter(torch.rand(VOCABULARY))
+        self.confidence = nn.Linear(HIDDEN, 1)
 
     def forward(self, ids: Tensor, targets: Tensor | None = None) -> tuple[Tensor | None, Tensor]:
         h = self.table(ids)
-        logits = self.head(self.norm(h + self.down(torch.relu(self.up(h)))))
+        h = self.norm(h + self.down(torch.relu(self.up(h))))
+        logits = self.head(h)
+        if self.kind == "temperature":
+            logits = (logits / self.temperature).tanh() * self.temperature
+        elif self.kind == "scale of each id":
+            logits = logits * self.scale - self.scale
+        elif self.kind == "confidence":
+            logits = logits * self.confidence(h).sigmoid()
         if targets is None:
             return None, logits
         flat, wanted = logits.view(-1, VOCABULARY), targets.view(-1)
@@ -51,12 +62,13 @@ def _verified(kind: str, ranks: int) -> Report:
         "evaluation": Example((), {"ids": ids}),
     }
     plan = derive_plan(model, examples, ranks)
-    assert plan.loss is not None
-    assert (plan.loss.logits, plan.loss.labels) == ("head", "targets")
+    if kind != "scale of each id":  # which is cut as the head is
+        assert plan.loss is not None
+        assert (plan.loss.logits, plan.loss.labels) == ("head", "targets")
     return verify_on_ranks(model, examples, worker_mesh(ranks), plan)
 
 
-@pytest.mark.parametrize("kind", ["likelihood", "smoothed", "sum"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("size", [2, 3])
 def test_loss(ranks: Callable[[int], Pool], kind: str, size: int) -> None:
     report = ranks(size).run(_verified, kind, size)[0]

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from colrow.collectives import AllGather, Communicator, Slice
+from colrow.collectives import AllGather, Communicator, Enter, Slice
 from colrow.errors import PlanError
 from colrow.layers import cross_entropy
 from colrow.layout import Cut
@@ -301,14 +301,16 @@ def _elementwise(call: _Call) -> Any:
     if in_place and not isinstance(call.operand, LocalLogits):
         raise call.refused()
 
+    ranks, label = call.vocabulary.ranks, f"{call.vocabulary.label} {call.name}"
+
     def local(value: Any) -> Any:
         if isinstance(value, LocalLogits):
             return value if in_place and value is call.operand else value.plain
         if isinstance(value, Tensor) and value.dim() >= from_last and value.shape[-from_last] != 1:
-            ranks, cut = call.vocabulary.ranks, call.vocabulary.cut  # one value for each id
-            label = f"{call.vocabulary.label} {call.name}"
+            cut = call.vocabulary.cut  # one value for each id
             return Slice(ranks, label, value.dim() - from_last, cut.counts, "I")(value)
-        return value
+        # one value for all ids: each rank finds the gradient that comes from its own
+        return Enter(ranks, label)(value) if isinstance(value, Tensor) else value
 
     result = call.run(local)
     return result if in_place else LocalLogits.of(result, call.vocabulary, len(shape) - from_last)

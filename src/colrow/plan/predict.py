@@ -38,6 +38,9 @@ def predict(
     return _Predictor(selection, states, borders, reductions, summations, parameters, frozen).run()
 
 
+_LOSSES = ("aten._log_softmax", "aten.log_softmax", "aten.nll_loss_forward", "aten.nll_loss2d_forward")
+"""Where the way of logits ends: what comes of them there is whole."""
+
 _Kind = tuple[str, Direction, str, str, tuple[int, ...], int, tuple[int, ...], bool]
 
 
@@ -74,6 +77,7 @@ class _Predictor:
             self._add(value, "forward", "all-gather", f"gather {module.path}", module.first)
         for value, module in self._borders.losses:
             self._loss(value, module)
+            self._with_logits(value)
         self._shared_gradients()
         self._slices()
         for summation in self._summations:
@@ -93,6 +97,20 @@ class _Predictor:
                 tokens = logits.shape[:-1]
                 for what, shape in (("max", tokens), ("sum", (*tokens, 2))):
                     self._count_one(mode, "forward", "all-reduce", f"{label} {what}", shape, logits.dtype, ())
+
+    def _with_logits(self, logits: Value) -> None:
+        """Gradients of what all ids are added to or multiplied with on their way to the loss."""
+        way = {logits.index}
+        for operation in self._selection.trace.operations:
+            if not way & {value.index for value in operation.inputs} or operation.name in _LOSSES:
+                continue
+            way.update(value.index for value in operation.outputs)
+            others = [value for value in operation.inputs if value.index not in way]
+            for value in others if self._flow.through(operation) else ():
+                per_id = bool(value.shape) and value.shape[-1] == logits.shape[-1]
+                if self._flow.reaches(value):
+                    kind = "all-gather" if per_id else "all-reduce"
+                    self._add(value, "backward", kind, "with the logits", operation.index)
 
     def _slices(self) -> None:
         """The gradients of values that are born whole, at each place where a part is taken."""
