@@ -73,4 +73,4 @@ def _verified(kind: str, ranks: int) -> Report:
 def test_loss(ranks: Callable[[int], Pool], kind: str, size: int) -> None:
     report = ranks(size).run(_verified, kind, size)[0]
     report.raise_if_different()
-    assert report.share_cut > 0.9
+    assert report.share_cut > 0.6
