@@ -3,15 +3,17 @@
     OMP_NUM_THREADS=1 python benchmarks/collectives.py --ranks 2 --json collectives.json
 
 Three ways to the same collective are timed in one run, in turns: gloo, torch.distributed on colrow's backend
-(the same call, through shared memory), and the direct path that colrow's own collectives take. Per size and
-way there are several blocks of calls; what is quoted is the median call of the fastest block, because on a
-machine with other work most blocks measure that work. The medians of all blocks are in the JSON file.
+(the same call, through shared memory), and the direct path that colrow's own collectives take. Each rank's
+thread is bound to a processor, unless --free is given. Per size and way there are several blocks of calls; what
+is quoted is the median call of the fastest block, because on a machine with other work most blocks measure
+that work. The medians of all blocks are in the JSON file.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import sys
@@ -38,14 +40,21 @@ SIZES = tuple(4096 * 4**power for power in range(8))
 TARGETS = ((4 << 20, 20.0), (64 << 20, 8.0))
 """How much faster than gloo the direct all-reduce of two ranks has to be, up to a size in bytes."""
 BLOCK_BYTES = 16 << 20
-"""What a block of calls moves, at most 100 calls and at least one; gloo's blocks are a tenth of that."""
+"""What a block of calls moves, in at most 100 calls and at least three."""
 LEAST_BLOCKS = 5
 
 
-def measure(ranks: int, operations: list[str], sizes: list[int], seconds: float) -> list[dict[str, Any]]:
+def measure(
+    ranks: int, operations: list[str], sizes: list[int], seconds: float, bound: bool
+) -> list[dict[str, Any]]:
     """In each rank: a row per operation, dtype and size, with the medians in seconds of every block.
 
-    ``seconds``: how long to measure each row.
+    Args:
+        ranks: number of ranks.
+        operations: of :data:`OPERATIONS`.
+        sizes: in bytes.
+        seconds: how long to measure each row.
+        bound: whether each rank's thread stays on a processor.
     """
     colrow.init_mesh(tp=ranks, device="cpu", timeout=300)
     gloo = dist.new_group(backend="gloo")
@@ -53,6 +62,9 @@ def measure(ranks: int, operations: list[str], sizes: list[int], seconds: float)
     shared = share_memory(dist.group.WORLD)
     if shared is None:
         raise RuntimeError("there is no shared memory to be measured: see the line above")
+    dist.all_reduce(torch.zeros(1), group=gloo)
+    if bound:
+        _bind(dist.get_rank())
     rows = []
     for operation in operations:
         for name, dtype in DTYPES.items():
@@ -60,19 +72,27 @@ def measure(ranks: int, operations: list[str], sizes: list[int], seconds: float)
                 calls = _calls(
                     operation, torch.zeros(size // dtype.itemsize, dtype=dtype), ranks, gloo, shared
                 )
-                number = max(1, min(100, BLOCK_BYTES // size))
-                numbers = {way: max(1, number // 10) if way == "gloo" else number for way in WAYS}
+                number = max(3, min(100, BLOCK_BYTES // size))
                 begin = time.perf_counter()
                 for way in WAYS:  # warms, and tells how many blocks there is time for
-                    _block(calls[way], numbers[way])
+                    _block(calls[way], number)
                 rounds = torch.tensor([seconds / (time.perf_counter() - begin)])
                 dist.broadcast(rounds, 0)
                 blocks: dict[str, list[float]] = {way: [] for way in WAYS}
                 for _ in range(max(LEAST_BLOCKS, int(rounds.item()))):
                     for way in WAYS:
-                        blocks[way].append(_block(calls[way], numbers[way]))
+                        blocks[way].append(_block(calls[way], number))
                 rows.append({"operation": operation, "dtype": name, "bytes": size, "blocks": blocks})
     return rows
+
+
+def _bind(rank: int) -> None:
+    """Keep this thread on a processor of its own, so that other programs do not drive two ranks onto one.
+
+    Gloo's own threads, which are there already, go where they like.
+    """
+    processors = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {processors[rank % len(processors)]})
 
 
 def _block(call: Callable[[], object], number: int) -> float:
@@ -142,7 +162,7 @@ def table(results: Sequence[dict[str, Any]], ranks: int) -> Table:
     )
     for name in ("", "", ""):
         shown.add_column(name, no_wrap=True)
-    for name in ("gloo", "torch.distributed on shm", "direct"):
+    for name in ("gloo", "c10d on shm", "direct"):
         shown.add_column(name, justify="right", no_wrap=True)
     for row in results:
         times = row["microseconds"]
@@ -167,6 +187,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--seconds", type=float, default=2.0, help="for each row (default: 2)")
     parser.add_argument("--operations", nargs="+", choices=OPERATIONS, default=["all_reduce"])
     parser.add_argument("--largest", type=int, default=SIZES[-1], help="bytes of the largest tensor")
+    parser.add_argument("--free", action="store_true", help="let the ranks' threads go where they like")
     parser.add_argument("--json", type=Path, help="write all numbers to this file")
     options = parser.parse_args(arguments)
     sizes = [size for size in SIZES if size <= options.largest]
@@ -175,6 +196,7 @@ def main(arguments: list[str]) -> int:
         "operations": options.operations,
         "sizes": sizes,
         "seconds": options.seconds,
+        "bound": not options.free,
     }
     module = __spec__.name if __spec__ else Path(__file__).stem
     results = summary(launch(f"{module}:measure", task, options.ranks, timeout=600))
