@@ -4,9 +4,9 @@
 
 Three ways to the same collective are timed in one run, in turns: gloo, torch.distributed on colrow's backend
 (the same call, through shared memory), and the direct path that colrow's own collectives take. Each rank's
-thread is bound to a processor, unless --free is given. Per size and way there are several blocks of calls; what
-is quoted is the median call of the fastest block, because on a machine with other work most blocks measure
-that work. The medians of all blocks are in the JSON file.
+thread is bound to a processor, unless --free is given. Per size and way there are several blocks of calls;
+what is quoted is the median call of the fastest block, because on a machine with other work most blocks
+measure that work. The medians of all blocks are in the JSON file.
 """
 
 from __future__ import annotations
