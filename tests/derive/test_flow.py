@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from colrow import parallelize
 from colrow.plan import derive_plan
+from colrow.state import state_of
 from colrow.trace import Example
 from colrow.verify import Report, verify_on_ranks
 from tests.pool import Pool, worker_mesh
@@ -139,6 +142,60 @@ class Tapped(nn.Module):
         return [down(up(x).relu()).flatten(0, 1) for up, down in zip(self.up, self.down, strict=True)]
 
 
+class Keeping(nn.Module):
+    """Two feed-forward layers whose sum is returned; of one, result and features are kept as attributes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.ModuleList(nn.Linear(WIDTH, 20) for _ in range(2))
+        self.down = nn.ModuleList(nn.Linear(20, WIDTH) for _ in range(2))
+        self.kept: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.features = self.up[0](x).relu()
+        left, right = self.down[0](self.features), self.down[1](self.up[1](x).tanh())
+        self.kept = [left, self.features.abs().sum()]
+        return x + left + right
+
+
+class Kept(nn.Module):
+    """Reads what another module has kept."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+
+class Attending(nn.Module):
+    """Attention of a kind between two sequences."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.out = nn.Linear(WIDTH, 20), nn.Linear(WIDTH, 20), nn.Linear(20, WIDTH)
+
+    def forward(self, x: Tensor, memory: Tensor) -> Tensor:
+        return self.out(self.query(x).tanh() * self.key(memory).mean(1, keepdim=True).sin())
+
+
+class BothWays(nn.Module):
+    """Gives a module the same argument by position and by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attend, self.norm = Attending(), nn.LayerNorm(WIDTH)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        x, y = self.norm(x), self.norm(y)
+        return (
+            (x + self.attend(x, y)).sum(1)
+            + (y + self.attend(y, memory=x)).sum(1)
+            + self.attend(x=x, memory=y).sum(1)
+        )
+
+
 class Routed(nn.Module):
     """Experts of which the last two do nothing, in a loop over those that were chosen."""
 
@@ -173,6 +230,7 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, dict[str, Tensor]]]] = {
     "handed-back": lambda: (Handed(), {"x": torch.randn(2, 5, WIDTH)}),
     "filled-by-a-module": lambda: (Filled(), {"x": torch.randn(2, 5, WIDTH)}),
     "tapped": lambda: (nn.Sequential(nn.Linear(WIDTH, WIDTH), Tapped()), {"input": torch.randn(2, 5, WIDTH)}),
+    "by-position-and-name": lambda: (BothWays(), _pair()),
     "idle-experts": lambda: (Routed(), {"x": torch.randn(9, WIDTH)}),
     "returned": lambda: (Reading(mixes=False), _pair()),
     "returned-and-read": lambda: (Reading(mixes=True), _pair()),
@@ -214,3 +272,29 @@ def test_what_no_example_uses_is_named() -> None:
     plan = derive_plan(model, {"evaluation": Example((), inputs)}, 2)
     [note] = [note for note in plan.notes if "no example uses" in note]
     assert note.startswith("spare, with ")
+
+
+def _kept() -> tuple[float, tuple[str, ...]]:
+    torch.manual_seed(0)
+    model, x = Kept(Keeping()).double(), torch.randn(2, 5, WIDTH, dtype=torch.float64)
+    cut = parallelize(copy.deepcopy(model), worker_mesh(2), {"x": x})
+    values: list[list[Tensor]] = []
+    for one in (model, cut):
+        inner = one.get_submodule("inner")
+        assert isinstance(inner, Keeping)
+        loss = one(x).square().sum()
+        for each in inner.kept:  # as a training loop does with losses that its layers keep
+            loss = loss + each.square().sum()
+        loss.backward()
+        bias = inner.get_parameter("down.0.bias").grad
+        assert bias is not None
+        values.append([*(each.detach() for each in inner.kept), bias])
+    errors = [float((a - b).abs().max()) for a, b in zip(*values, strict=True)]
+    return max(errors), state_of(cut).plan.notes
+
+
+def test_what_is_kept_is_whole_or_said_to_be_a_part(ranks: Callable[[int], Pool]) -> None:
+    error, notes = ranks(2).run(_kept)[0]
+    assert error < 1e-12
+    assert "the attribute features of inner gets this rank's part of what was whole" in notes
+    assert not any("kept" in note for note in notes)

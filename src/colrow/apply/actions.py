@@ -265,6 +265,11 @@ class Applier:
         return change if self._passed is None else self._passed.watching(place, change)
 
     def _change(self, place: Place, change: Change) -> None:
+        if isinstance(place, ModuleInput):
+            # given by position in one call and by name in another, an argument has two places
+            kind = Enter if isinstance(change, SharedEntry) else type(change)
+            if not self._modules.at(place.module).is_first(place.path, kind):
+                return
         change = self._noted(place, change)
         match place:
             case ModuleInput(module, path):

@@ -24,6 +24,12 @@ class ModuleChanges:
         self.path, self.module = path, module
         self._inputs: list[tuple[int | None, str | None, Path, Change]] = []
         self._outputs: list[tuple[Path, Change]] = []
+        self._known: dict[tuple[int | None, str | None, Path, type], Path] = {}
+
+    def is_first(self, path: Path, kind: type) -> bool:
+        """Whether no other path to the same argument has been given for a change of this kind."""
+        place = (*self._argument(path[0]), path[1:], kind)
+        return self._known.setdefault(place, path) == path
 
     def change_input(self, path: Path, change: Change) -> None:
         """Change the tensor at ``path`` of the arguments."""

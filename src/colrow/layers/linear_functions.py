@@ -28,9 +28,9 @@ def local_linear(
         out_first: whether the weight is [out, in], as that of ``nn.Linear``; else as that of ``Conv1D``.
         products: who multiplies.
     """
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
+    if torch.compiler.is_compiling() or type(x) is not Tensor or not _goes_to_onednn(products, x, weight):
         return product(x, weight, bias, out_first)
-    if not (type(x) is Tensor and _goes_to_onednn(products, x, weight)):
+    if torch.is_autocast_enabled(x.device.type):
         return product(x, weight, bias, out_first)
     return _LocalLinear.apply(x, weight, bias, out_first, products)
 

@@ -190,6 +190,8 @@ class _Derivation:
 
     def _plan(self, placed: _Placed) -> Plan:
         selection, actions = placed.selection, placed.actions
+        kept = self._axes.trace.kept
+        parts = sorted({label for label, value in kept if placed.states.is_local(value)})
         parameters, buffers = self._shardings(selection)
         shapes = {name: tuple(one.shape) for name, one in _named_tensors(self._model)}
         plan = Plan(
@@ -210,7 +212,7 @@ class _Derivation:
             loss=placed.borders.loss,
             holders=holders_of(self._model, parameters),
             shapes=shapes,
-            notes=tuple(notes_of(self._axes, self._candidates, selection.chosen, self._banned)),
+            notes=tuple(notes_of(self._axes, self._candidates, selection.chosen, self._banned, parts)),
             prediction=predict(
                 selection,
                 placed.states,

@@ -18,9 +18,17 @@ SHOWN = 8
 
 
 def notes_of(
-    axes: Axes, candidates: Sequence[Candidate], chosen: Sequence[Chosen], banned: Mapping[str, Reason]
+    axes: Axes,
+    candidates: Sequence[Candidate],
+    chosen: Sequence[Chosen],
+    banned: Mapping[str, Reason],
+    parts: Iterable[str] = (),
 ) -> list[str]:
-    """What stays whole, the largest first; then operators without a rule, and what the trace had to guess."""
+    """What stays whole, the largest first; then operators without a rule, and what the trace had to guess.
+
+    Args:
+        parts: where a forward leaves parts of values.
+    """
     sizes = {
         value.source.name: prod(value.shape)
         for value in axes.trace.values
@@ -32,6 +40,7 @@ def notes_of(
     covered = {name for one in chosen for name, _ in one.candidate.outer.parameters}
     notes = _whole(candidates, banned, {name: sizes[name] for name in used - covered}, sum(sizes.values()))
     notes += _unused({name: size for name, size in sizes.items() if name not in used}, used, sizes)
+    notes += [f"{label} gets this rank's part of what was whole" for label in parts]
     for name, operations in axes.unknown.items():
         notes.append(f"no rule for {name} ({len(operations)} times): its dimensions stay whole")
     return notes + axes.trace.warnings

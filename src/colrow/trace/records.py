@@ -255,6 +255,8 @@ class Trace:
         values, operations, calls, modules: in the order they came to be.
         outputs: the tensors of the result by their path in it; of all results if there were several runs.
         runs: the mode of each run and its call of the model.
+        kept: what a run has left in attributes of modules and in lists and dictionaries of the caller, with a
+            name for people: others may read it.
         warnings: what had to be guessed, for people.
         guessed: paths of modules that were run on guesses: another time their code takes another course.
         escapes: integers that were used as numbers.
@@ -268,6 +270,7 @@ class Trace:
     modules: list[ModuleCall] = field(default_factory=list)
     outputs: list[tuple[tuple[int | str, ...], Value]] = field(default_factory=list)
     runs: list[tuple[str, ModuleCall]] = field(default_factory=list)
+    kept: list[tuple[str, Value]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     guessed: set[str] = field(default_factory=set)
     escapes: list[Escape] = field(default_factory=list)

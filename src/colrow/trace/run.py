@@ -22,7 +22,7 @@ from colrow.trace.meta import is_on_meta, meta_arguments, meta_copy
 from colrow.trace.modules import asking_logarithms, recorded_modules, unchecked_distributions
 from colrow.trace.operators import OperatorMode
 from colrow.trace.recorder import Recorder, Routing
-from colrow.trace.records import Source, Trace
+from colrow.trace.records import Source, Trace, Value
 from colrow.trace.repeat import Repeater
 from colrow.trace.tree import Path, tensors_by_path
 
@@ -179,9 +179,23 @@ def _run(recorder: Recorder, model: nn.Module, example: Example, mode: str, copy
         trace = recorder.trace
         with recorder.pause():
             trace.outputs += recorder.values_by_path(result, inside_objects=True)
+            trace.kept += _kept(recorder, model, (arguments, keywords))
         # detached results are recorded when they are met
         trace.modules[first].last = len(trace.operations)
         trace.runs.append((mode, trace.modules[first]))
+
+
+def _kept(recorder: Recorder, model: nn.Module, given: Any) -> list[tuple[str, Value]]:
+    """What the run has computed and left where others find it."""
+    found: list[tuple[str, Tensor]] = []
+    for path, module in model.named_modules():
+        for name, item in vars(module).items():
+            if name not in ("_parameters", "_buffers", "_modules"):
+                label = f"the attribute {name} of {path or 'the model'}"
+                found += [(label, tensor) for _, tensor in tensors_by_path(item)]
+    found += [("what the caller gives", tensor) for _, tensor in tensors_by_path(given)]
+    values = [(label, recorder.table.find(tensor)) for label, tensor in found]
+    return [(label, value) for label, value in values if value is not None and value.producer is not None]
 
 
 def _distinct(example: Example) -> dict[str, Any]:
