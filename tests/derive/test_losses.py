@@ -15,7 +15,7 @@ from colrow.verify import Report, verify_on_ranks
 from tests.pool import Pool, worker_mesh
 
 VOCABULARY, HIDDEN = 50, 16
-KINDS = ["likelihood", "smoothed", "sum", "temperature", "scale of each id", "confidence"]
+KINDS = ["likelihood", "smoothed", "sum", "temperature", "scale of each id", "confidence", "two losses"]
 
 
 class Model(nn.Module):
@@ -48,6 +48,10 @@ class Model(nn.Module):
             loss = F.nll_loss(F.log_softmax(flat, dim=-1), wanted, ignore_index=3)
         elif self.kind == "smoothed":
             loss = nn.CrossEntropyLoss(label_smoothing=0.1)(flat.float(), wanted)
+        elif self.kind == "two losses":
+            loss = F.cross_entropy(flat, wanted) + F.cross_entropy(
+                logits[:, 1:].flatten(0, 1), targets[:, :-1].flatten()
+            )
         else:
             loss = F.cross_entropy(flat, wanted, reduction="sum")
         return loss, logits

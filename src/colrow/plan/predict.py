@@ -38,7 +38,7 @@ def predict(
     return _Predictor(selection, states, borders, reductions, summations, parameters, frozen).run()
 
 
-_LOSSES = ("aten._log_softmax", "aten.log_softmax", "aten.nll_loss_forward", "aten.nll_loss2d_forward")
+_LOSSES = ("aten._log_softmax", "aten.log_softmax")
 """Where the way of logits ends: what comes of them there is whole."""
 
 _Kind = tuple[str, Direction, str, str, tuple[int, ...], int, tuple[int, ...], bool]
@@ -77,7 +77,6 @@ class _Predictor:
             self._add(value, "forward", "all-gather", f"gather {module.path}", module.first)
         for value, module in self._borders.losses:
             self._loss(value, module)
-            self._with_logits(value)
         self._shared_gradients()
         self._slices()
         for summation in self._summations:
@@ -90,19 +89,20 @@ class _Predictor:
         return Prediction(self._collectives(), *self._sizes())
 
     def _loss(self, logits: Value, module: ModuleCall) -> None:
-        """Of every token the largest logit, and two sums: of exponentials, and the logit of its label."""
-        for mode, root in self._selection.trace.runs:
-            if root.first <= module.first < root.last:
-                label = f"loss of {module.path}"
-                tokens = logits.shape[:-1]
-                for what, shape in (("max", tokens), ("sum", (*tokens, 2))):
-                    self._count_one(mode, "forward", "all-reduce", f"{label} {what}", shape, logits.dtype, ())
+        """What happens between logits and their losses, of which there may be several.
 
-    def _with_logits(self, logits: Value) -> None:
-        """Gradients of what all ids are added to or multiplied with on their way to the loss."""
+        Of every token the largest logit, and two sums: of exponentials, and the logit of its label. Besides,
+        gradients of what all ids are added to or multiplied with on their way.
+        """
         way = {logits.index}
         for operation in self._selection.trace.operations:
-            if not way & {value.index for value in operation.inputs} or operation.name in _LOSSES:
+            if not way & {value.index for value in operation.inputs}:
+                continue
+            if operation.name in _LOSSES:
+                tokens = operation.inputs[0].shape[:-1]
+                for what, shape in (("max", tokens), ("sum", (*tokens, 2))):
+                    label = f"loss of {module.path} {what}"
+                    self._add_one(label, shape, operation.inputs[0].dtype, operation.index)
                 continue
             way.update(value.index for value in operation.outputs)
             others = [value for value in operation.inputs if value.index not in way]
@@ -111,6 +111,11 @@ class _Predictor:
                 if self._flow.reaches(value):
                     kind = "all-gather" if per_id else "all-reduce"
                     self._add(value, "backward", kind, "with the logits", operation.index)
+
+    def _add_one(self, label: str, shape: tuple[int, ...], dtype: torch.dtype, at: int) -> None:
+        for mode, root in self._selection.trace.runs:
+            if root.first <= at < root.last:
+                self._count_one(mode, "forward", "all-reduce", label, shape, dtype, ())
 
     def _slices(self) -> None:
         """The gradients of values that are born whole, at each place where a part is taken."""
