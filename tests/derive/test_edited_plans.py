@@ -15,7 +15,8 @@ from torch import Tensor, nn
 import colrow
 from colrow import PlanError
 from colrow.apply.calls import check_call
-from colrow.plan import Plan
+from colrow.apply.check import check_plan
+from colrow.plan import Plan, derive_plan
 from colrow.plan.file import dumps, loads
 from colrow.plan.places import Call
 from colrow.trace import Example
@@ -174,3 +175,12 @@ def test_files_do_not_depend_on_where_things_are_installed() -> None:
     assert "(aten.native_layer_norm in norm, torch/nn/modules/normalization.py:" in text
     for folder in (Path(torch.__file__).parents[1], Path(__file__).parents[2]):
         assert str(folder) not in text
+
+
+def test_a_plan_of_another_size_is_refused_with_the_difference() -> None:
+    def model(width: int) -> nn.Module:
+        return nn.Sequential(nn.Linear(8, width), nn.ReLU(), nn.Linear(width, 8))
+
+    plan = derive_plan(model(60), {"training": Example((torch.randn(2, 8),))}, 2)
+    with pytest.raises(PlanError, match=r"0.weight differs \(60 x 8 in the plan, 50 x 8 in the model\)"):
+        check_plan(plan, model(50))

@@ -31,6 +31,7 @@ def check_plan(plan: Plan, model: nn.Module) -> dict[str, TensorLayout]:
     try:
         layouts = {name: plan.tensor_layout(name, shape) for name, shape in shapes.items()}
     except ValueError as error:
+        plan.check_model(model)  # which lists all that differs
         raise PlanError("", f"the plan is of another model: {error}", "Make a new one.") from error
     if plan.by_hand:
         _check_users(plan, model, modules)
