@@ -73,11 +73,9 @@ def _lookup(
     return rules.all_reduce(partial, ranks.group, src=P, dst=I)
 
 
-def _cross_entropy(*, logits: Tensor, target: Tensor, weight: Tensor | None, options: Any) -> Any:
-    if weight is not None:
-        rules.ignore(weight)
-    partial = rules.einsum("tv,t->t", logits, target)  # sums over this rank's ids
-    return rules.all_reduce(partial, options.ranks.group, src=P, dst=I)
+def _cross_entropy(*, logits: Tensor, inputs: Any) -> Any:
+    partial = rules.einsum("tv,t->t", logits, inputs.target)  # sums over this rank's ids
+    return rules.all_reduce(partial, inputs.options.ranks.group, src=P, dst=I)
 
 
 def register() -> None:
