@@ -334,7 +334,7 @@ def _errors() -> None:
     with pytest.raises(colrow.PlanError, match="the plan is for 3 ranks, the mesh has 2"):
         colrow.parallelize(model, mesh, LLAMA.resolve(model, 3))
     other = _llama(5, 5, False)
-    with pytest.raises(colrow.PlanError, match="the plan is of another model"):
+    with pytest.raises(colrow.PlanError, match="the plan was made for another model"):
         colrow.parallelize(other, mesh, LLAMA.resolve(model, 2))
     colrow.parallelize(model, mesh, LLAMA)
     with pytest.raises(colrow.PlanError, match="parallelized already"):
