@@ -98,10 +98,10 @@ def _chain(forward: Any) -> Iterator[OwnForward]:
 
 
 class Watch:
-    """A hook on a model that refuses to run if a module has lost the forward that colrow gave it.
+    """A hook on a model that refuses to run where colrow's part would be left out, or could not be done.
 
     A library that replaces forwards, rather than wrapping them, would leave out the collectives in and around
-    them without an error.
+    them without an error; transforms of torch would fail with an error that does not say why.
 
     Args:
         model: in which all forwards have been attached.
@@ -126,6 +126,16 @@ class Watch:
     def _check(self, module: nn.Module, arguments: Any) -> None:
         if torch.compiler.is_compiling():
             return
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            raise PlanError(
+                "",
+                "a transform of torch.func (grad, vmap, jvp and others) cannot go through collectives",
+                "Use loss.backward() or torch.autograd.grad, or colrow.unshard before the transform.",
+            )
+        if torch._C._is_tracing():
+            raise PlanError(
+                "", "torch.jit.trace cannot record collectives", "Use torch.compile, or colrow.unshard first."
+            )
         for path, watched, forward in self._watched:
             if watched.__dict__.get(_FORWARD) is not forward and not _holds(watched, forward):
                 raise PlanError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import io
 import pickle
 from collections.abc import Callable
 from types import MethodType
@@ -236,6 +237,25 @@ def _replaced(size: int) -> None:
         cut(_input())
 
 
+def _refused(size: int) -> None:
+    """What cannot be done with a cut model, and says so."""
+    _, cut = _pair()
+    _cut(cut, size)
+    x = _input()
+    for transform in (
+        lambda: torch.func.vmap(cut)(x[None]),
+        lambda: torch.func.grad(lambda value: cut(value).sum())(x),
+        lambda: torch.func.jvp(cut, (x,), (x,)),
+    ):
+        with pytest.raises(PlanError, match=r"a transform of torch\.func .* cannot go through collectives"):
+            transform()
+    with pytest.raises(PlanError, match=r"torch\.jit\.trace cannot record collectives"):
+        torch.jit.trace(cut, x)
+    with pytest.raises(TypeError, match=r"cannot be pickled whole.*colrow\.save_pretrained"):
+        torch.save(cut, io.BytesIO())
+    assert torch.func.functional_call(cut, dict(cut.named_parameters()), (x,)).isfinite().all()
+
+
 def _checkpointed(size: int) -> None:
     original, cut = _pair()
     _cut(cut, size)
@@ -433,6 +453,7 @@ WORK: list[Callable[[int], None]] = [
     functools.partial(_wrapped, wrap=_wrap_by_method, before=True),
     functools.partial(_wrapped, wrap=_wrap_by_closure, before=False),
     _replaced,
+    _refused,
     _checkpointed,
     _calls,
     _wrapped_calls,

@@ -264,6 +264,7 @@ def test_collectives_of_all_kinds_are_counted_once(ranks: Callable[[int], Pool])
             assert found == [(1, whole), (2, 2 * size * whole), (1, size * whole)]
 
 
+@pytest.mark.slow
 def test_a_short_run(tmp_path: Path) -> None:
     """The real program on the smallest model, with what is installed for the tests."""
     command = [sys.executable, str(ROOT / "benchmarks" / "peers" / "run.py"), "--existing"]

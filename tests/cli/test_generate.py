@@ -41,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("tp", ["2", "4"])
+@pytest.mark.parametrize("tp", ["2", pytest.param("4", marks=pytest.mark.slow)])
 def test_compares_with_the_whole_model(folder: Path, tp: str, capfd: pytest.CaptureFixture[str]) -> None:
     arguments = ["generate", "--model", str(folder), "--tp", tp, "--prompt", "a b c", "--prompt", "x"]
     assert main([*arguments, "--max_new_tokens", "12", "--min_new_tokens", "12", "--compare"]) == 0

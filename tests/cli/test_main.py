@@ -130,3 +130,17 @@ def test_interrupted(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
 def test_as_a_module() -> None:
     done = subprocess.run([sys.executable, "-m", "colrow", "--version"], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, f"colrow {metadata.version('colrow')}\n")
+
+
+def test_output_that_nobody_reads_to_its_end() -> None:
+    printing = "[print(number) for number in range(100_000)] and 0"
+    program = (
+        f"from colrow import cli; cli._find = lambda name: lambda rest: {printing}; exit(cli.main(['plan']))"
+    )
+    writer = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert writer.stdout is not None
+    assert writer.stderr is not None
+    assert writer.stdout.readline() == b"0\n"
+    writer.stdout.close()
+    assert writer.wait(60) == 128 + 13
+    assert writer.stderr.read() == b""

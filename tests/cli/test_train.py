@@ -33,12 +33,13 @@ def file(tmp_path: Path) -> str:
     return str(path)
 
 
-def test_tiny_example(tmp_path: Path) -> None:
-    done = _colrow(str(EXAMPLES / "tiny.yaml"), "--tp", "3", cwd=tmp_path)
+@pytest.mark.parametrize("tp", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_tiny_example(tmp_path: Path, tp: int) -> None:
+    done = _colrow(str(EXAMPLES / "tiny.yaml"), "--tp", str(tp), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "runs" / "tiny"
     for part in (
-        "over tp=3 ranks",
+        f"over tp={tp} ranks",
         "step 1/50  loss ",
         "step 50/50  loss ",
         "left 0:00",
@@ -46,9 +47,7 @@ def test_tiny_example(tmp_path: Path) -> None:
     ):
         assert part in done.stdout
     for part in (
-        "rank 0",
-        "rank 1",
-        "rank 2",
+        *(f"rank {rank}" for rank in range(tp)),
         "one process",
         "In the beginning",
         f"model in {folder.relative_to(tmp_path)}",

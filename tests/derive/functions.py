@@ -35,6 +35,18 @@ class Normalised(Function):
         return gradient / gradient.norm()
 
 
+class Divided(Function):
+    """Its backward is the derivative if ``factor`` is one over the number of features, which it counts."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        return x * factor
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return gradient / gradient.shape[-1], None
+
+
 class Clamped(Function):
     """Its gradient is clamped, element by element."""
 

@@ -40,6 +40,8 @@ class Branch(nn.Module):
                 return functions.Normalised.apply(h)
             case "operator":
                 return functions.normalised(h)
+            case "divided":
+                return functions.Divided.apply(h, 1 / FEATURES)
             case "clamped":
                 return functions.Clamped.apply(h, 0.05)
             case "reversed":
@@ -118,13 +120,14 @@ def test_what_is_elementwise_is_cut(ranks: Callable[[int], Pool], within: str, s
     assert not [one for one in plan.notes if "stays whole" in one and "backward" in one]
 
 
-@pytest.mark.parametrize("within", ["normalised", "unknown"])
+@pytest.mark.parametrize("within", ["normalised", "unknown", "divided"])
 def test_what_needs_the_whole_stays_whole(ranks: Callable[[int], Pool], within: str) -> None:
     plan = ranks(2).run(_equal, 2, "", within)[0]
     assert not set(CUT) & set(plan.parameters)
     assert "right.0.up.weight" in plan.parameters
     text = {
         "normalised": "the backward of Normalised is not the derivative of its forward, and needs",
+        "divided": "the backward of Divided is not the derivative of its forward, and needs",
         "unknown": "the backward of Unknown is not known: it is given a Branch",
     }[within]
     assert [one for one in plan.notes if one.startswith(f"axis of {FEATURES}: ") and text in one]

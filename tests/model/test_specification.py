@@ -189,6 +189,7 @@ def test_a_function_that_returns_a_model_of_transformers() -> None:
         ("transformers:GPT2Config", {"n_head": 5}, "the model of GPT2Config cannot be built"),
         ("transformers:SamMaskDecoderConfig", {}, "it describes a part of another model"),
         ("nowhere", {}, "'nowhere' is neither transformers:SomeConfig, nor a folder"),
+        (__name__, {}, "is a module: name the function in it that returns the model, as in"),
         ("no.such.module:f", {}, "there is no module 'no.such.module'"),
         (f"{__name__}:missing", {}, "has no function or class 'missing'"),
         (f"{__name__}:factory", {"depth": 3}, "cannot be called with these settings"),

@@ -138,7 +138,11 @@ def test_is_plain_pytorch(ranks: Ranks, tmp_path: Path) -> None:
         (2, {"model": DROPOUT, "micro_batch_size": 3}),
         (3, {"precision": "bf16", "model": DROPOUT}),
         (1, {"precision": "bf16-mixed", "checkpoint_activations": True}),
-        (2, {"optimizer": {"schedule": "constant"}, "model": {**DROPOUT, "config": "Qwen3Config"}}),
+        pytest.param(
+            2,
+            {"optimizer": {"schedule": "constant"}, "model": {**DROPOUT, "config": "Qwen3Config"}},
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_resumed_run_equals_the_uninterrupted_one(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -26,8 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: what follows ``colrow``; default: the command line.
 
     Returns:
-        The exit status: 0; 2 for a mistake of the user's; 130 after Ctrl-C; 1 or 128 + a signal's number if
-        a rank failed.
+        The exit status: 0; 2 for a mistake of the user's; 130 after Ctrl-C; 141 if nobody reads the output
+        to its end; 1 or 128 + a signal's number if a rank failed.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -54,9 +56,15 @@ def _guard(command: Callable[[], int]) -> int:
     from colrow.launch.report import USER_ERRORS, LaunchError, user_advice, wants_traceback
 
     try:
-        return command()
+        status = command()
+        sys.stdout.flush()
+        return status
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # whoever reads the output, such as ``head``, has seen enough
+        # what is left in the buffer would be an error again when the interpreter ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except LaunchError as error:
         if error.detail:
             print(error.detail, end="\n\n", file=sys.stderr)

@@ -12,7 +12,7 @@ import math
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -73,6 +73,13 @@ class Communicator:
 
     def __deepcopy__(self, memo: dict[int, object]) -> Communicator:
         return self  # a copied model talks to the same ranks
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a model that has been parallelized cannot be pickled whole, as torch.save(model) does, since it "
+            "belongs to its process group: save it with colrow.save_pretrained, or put it back together with "
+            "colrow.unshard first"
+        )
 
     def _begin(
         self,

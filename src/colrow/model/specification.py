@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import importlib
+import importlib.util
 import inspect
 import json
 from collections.abc import Callable, Mapping
@@ -79,6 +79,11 @@ def load(
                 f"only configurations of transformers can be shrunk: let {specification} build a small model"
             )
         return _load_factory(_find_factory(head, rest), specification, given, device, seed)
+    if not colon and _is_module(specification):
+        raise ValueError(
+            f"{specification} is a module: name the function in it that returns the model, as in "
+            f"{specification}:build"
+        )
     raise ValueError(
         f"{specification!r} is neither transformers:SomeConfig, nor a folder with a config.json, nor "
         "package.module:function"
@@ -200,6 +205,13 @@ def _checked_build(build: Callable[[], nn.Module], name: str) -> nn.Module:
         raise
     except Exception as error:
         raise ValueError(f"the model of {name} cannot be built: {type(error).__name__}: {error}") from error
+
+
+def _is_module(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):  # a parent that does not exist, or no name of a module
+        return False
 
 
 def _find_factory(module: str, name: str) -> Callable[..., Any]:

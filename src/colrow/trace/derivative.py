@@ -43,7 +43,11 @@ def examine(trial: Trial) -> Finding:
             if shrink is None:
                 return Finding(False, False, None, "its tensors are too large to try it")
             try:
-                return _Examination(Runs(trial, dtype, shrink)).run()
+                examination = _Examination(Runs(trial, dtype, shrink))
+                finding = examination.run()
+                if finding.is_derivative and not _is_derivative_when_smaller(trial, dtype, shrink):
+                    return examination.without_derivative()
+                return finding
             except Exception as error:  # whatever a function does with tensors that are not those it is for
                 first = (str(error).splitlines() or [""])[0]
                 why = f"it could not be tried on the CPU ({type(error).__name__}: {first})"
@@ -102,6 +106,26 @@ def _shrinking(trial: Trial) -> Callable[[int], int] | None:
     return None
 
 
+def _is_derivative_when_smaller(trial: Trial, dtype: torch.dtype, shrink: Callable[[int], int]) -> bool:
+    """Whether the backward is the derivative with each extent halved too, where it can be.
+
+    One that divides by an extent, in place of a number that its forward was given, is that only as long as
+    the extent is not cut.
+    """
+    extents = {shrink(extent) for given in givens_of(trial) for extent in given.shape}
+    for halved in sorted(extent for extent in extents if extent > 1):
+
+        def smaller(extent: int, halved: int = halved) -> int:
+            return halved // 2 if shrink(extent) == halved else shrink(extent)
+
+        try:
+            if not _Examination(Runs(trial, dtype, smaller)).run().is_derivative:
+                return False
+        except Exception:  # a function that is only for what it is given: this cannot be cut without an error
+            continue
+    return True
+
+
 class _Examination:
     def __init__(self, runs: Runs) -> None:
         self._runs = runs
@@ -115,6 +139,10 @@ class _Examination:
                 raise ValueError("it gives no finite numbers for random ones")
         if self._is_derivative():
             return Finding(True, True, None)
+        return self.without_derivative()
+
+    def without_derivative(self) -> Finding:
+        """What there is to know of a backward that is no derivative."""
         return Finding(False, self._is_linear(), self._free())
 
     # ---------------------------------------------------------------- calling
