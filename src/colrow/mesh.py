@@ -12,9 +12,11 @@ from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from colrow.collectives.communicator import communicator
-from colrow.collectives.failure import diagnose, register_member, report_uncaught_exceptions
+from colrow.collectives.failure import register_member, report_uncaught_exceptions
 from colrow.collectives.join import join_job
+from colrow.collectives.pending import Step
 from colrow.collectives.statistics import Call
+from colrow.collectives.subgroups import require_agreement
 from colrow.transport import BACKEND, wish
 
 DEFAULT_TIMEOUT_SECONDS = 300.0
@@ -42,7 +44,8 @@ def init_mesh(
             :class:`colrow.RankFailure` on the others; also for this call itself.
 
     Raises:
-        ValueError: if a size is less than 1, or dp x tp is not the number of ranks of the job.
+        ValueError: if a size is less than 1, dp x tp is not the number of ranks of the job, or the ranks'
+            calls differ.
         RankFailure: if another rank does not join.
     """
     for name, size in (("tp", tp), ("dp", dp)):
@@ -73,15 +76,28 @@ def init_mesh(
             dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=limit)
     register_member()
     report_uncaught_exceptions()
-    try:
-        mesh = init_device_mesh(device, (dp, tp), mesh_dim_names=("dp", "tp"))
-    except RuntimeError as error:
-        raise diagnose(error, Call("init_mesh", "", "forward", 0), range(dist.get_world_size())) from error
+    if dist.get_world_size() > 1:
+        made = dist.distributed_c10d._world.group_count
+        own = {"dp": dp, "tp": tp, "device": device, "the number of process groups made before": made}
+        require_agreement("init_mesh", own, limit, _remedy)
+    meshes: list[DeviceMesh] = []
+    step = Step(Call("init_mesh", "", "forward", 0), range(dist.get_world_size()))
+    step.wait(lambda: meshes.append(init_device_mesh(device, (dp, tp), mesh_dim_names=("dp", "tp"))))
+    mesh = meshes[0]
     for name in ("dp", "tp"):
         group = mesh.get_group(name)
         dist.distributed_c10d._set_pg_timeout(limit, group)
         communicator(group)
     return mesh
+
+
+def _remedy(name: str) -> str:
+    if name in ("dp", "tp", "device"):
+        return "Call it with the same on all ranks."
+    return (
+        "torch finds a group by its number: call dist.new_group on all ranks of the job in the same order, "
+        "also on those that are not members"
+    )
 
 
 def _check_world(dp: int, tp: int) -> None:

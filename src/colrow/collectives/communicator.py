@@ -12,7 +12,7 @@ import math
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NoReturn, TypeAlias
+from typing import NoReturn, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -21,9 +21,10 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from colrow.collectives import shared, through_torch
 from colrow.collectives.failure import diagnose, register_member
-from colrow.collectives.pending import Pending, Work
+from colrow.collectives.pending import Pending, Step, Work
 from colrow.collectives.shapes import check_dimension, exchanged_shapes, gathered_sizes, scattered_sizes
 from colrow.collectives.statistics import Call, CommStats, current_phase
+from colrow.collectives.subgroups import check_members, make_subgroup
 from colrow.transport import SharedGroup, share_memory
 
 Group: TypeAlias = "Communicator | dist.ProcessGroup | DeviceMesh"
@@ -112,9 +113,8 @@ class Communicator:
     def _join(self, operation: str, label: str) -> None:
         """Agree with the other ranks on shared memory; a failure is that of the group's first collective."""
         found: list[SharedGroup | None] = []
-        work = shared.Blocking(lambda: found.append(share_memory(self.group)))
-        call = Call(operation, label, current_phase(), 0)
-        Pending(call, self.global_ranks, self.statistics, work, lambda: torch.empty(0)).wait()
+        step = Step(Call(operation, label, current_phase(), 0), self.global_ranks)
+        step.wait(lambda: found.append(share_memory(self.group)))
         self._shared = found[0]
         self._may_share = self._shared is not None
 
@@ -361,7 +361,8 @@ class Communicator:
         """A communicator among some ranks of this group; made by the first call, then kept.
 
         The first call is collective among the members, and each rank must make its subgroups in an order
-        that does not contradict the others'. Backend and timeout are this group's.
+        that does not contradict the others'; how many groups a rank has made besides does not matter.
+        Backend and timeout are this group's.
 
         Args:
             ranks: ranks within this group, in the order they shall have; this rank must be one of them.
@@ -373,12 +374,11 @@ class Communicator:
         members = tuple(ranks)
         if members == tuple(range(self.size)):
             return self
-        if self.rank not in members or len(set(members)) != len(members):
-            raise ValueError(f"rank {self.rank} cannot make the subgroup {list(members)}: name it once")
-        if not set(members) <= set(range(self.size)):
-            raise ValueError(f"the subgroup {list(members)} has ranks outside of 0 to {self.size - 1}")
         if members not in self._subgroups:
-            self._subgroups[members] = self._make_subgroup([self.global_ranks[rank] for rank in members])
+            members = check_members(members, self.rank, self.size)
+            device = "cpu" if self._is_gloo else "cuda"
+            group = make_subgroup(self.group, device, [self.global_ranks[rank] for rank in members])
+            self._subgroups[members] = communicator(group)
         return self._subgroups[members]
 
     def with_subgroups(self) -> Iterator[Communicator]:
@@ -386,22 +386,6 @@ class Communicator:
         yield self
         for subgroup in self._subgroups.values():
             yield from subgroup.with_subgroups()
-
-    def _make_subgroup(self, global_ranks: list[int]) -> Communicator:
-        device = torch.device("cpu" if self._is_gloo else "cuda")
-        # torch sorts the ranks unless told otherwise; releases without the option have sorted groups only
-        order: dict[str, Any] = {} if global_ranks == sorted(global_ranks) else {"sort_ranks": False}
-        try:
-            group = dist.new_group(
-                global_ranks,
-                timeout=self.group._get_backend(device).options._timeout,
-                backend=dist.get_backend(self.group),
-                use_local_synchronization=True,
-                **order,
-            )
-        except RuntimeError as error:
-            raise diagnose(error, Call("new_group", "subgroup", current_phase(), 0), global_ranks) from error
-        return communicator(group)
 
 
 def _bytes(tensor: Tensor) -> int:

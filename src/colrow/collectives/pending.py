@@ -19,6 +19,27 @@ class Work(Protocol):
         """Return once it is complete."""
 
 
+class Step:
+    """What blocks until all ranks have come and is no collective, such as making a process group."""
+
+    def __init__(self, call: Call, ranks: Sequence[int]) -> None:
+        self._call = call
+        self._ranks = ranks
+
+    def wait(self, function: Callable[[], None]) -> None:
+        """Run it.
+
+        Raises:
+            RankFailure: if it raises RuntimeError, because another rank did not do its part.
+        """
+        begin = time.perf_counter()  # read from this frame by current_position
+        try:
+            function()
+        except RuntimeError as error:
+            raise diagnose(error, self._call, self._ranks) from error
+        self.seconds = time.perf_counter() - begin
+
+
 class Pending:
     """A collective under way. :meth:`wait` completes it and gives its result, once or repeatedly."""
 
