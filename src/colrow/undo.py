@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -35,6 +36,11 @@ class Undo:
             self._classes[path] = type(module)
             self._attributes[path] = dict(vars(module))
             self._hooks[path] = {name: set(vars(module)[name]) for name in _HOOKS}
+
+    def added_hooks(self, model: nn.Module) -> Callable[[str], int]:
+        """How many forward hooks the module of a path has got until now."""
+        before = {path: len(hooks["_forward_hooks"]) for path, hooks in self._hooks.items()}
+        return lambda path: len(vars(model.get_submodule(path))["_forward_hooks"]) - before[path]
 
     def seal(self, model: nn.Module) -> None:
         """The model has been changed: from now on only these changes are known."""

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextvars
 import copy
 from collections import UserDict, namedtuple
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -17,7 +21,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutput
 
 import colrow
-from colrow.apply.loss_logits import LocalLogits
+from colrow.apply.loss_late import Origin
+from colrow.apply.loss_tensor import LocalLogits
 from colrow.plan import LLAMA, AxisSpec, HandPlan, LossSpec, column, vocab
 from tests.apply.comparison import assemble, largest_error
 from tests.pool import Pool, worker_mesh
@@ -82,7 +87,19 @@ def _compare_gradients(original: nn.Module, model: nn.Module, expected: Tensor, 
             assert largest_error(gradients[name], parameter.grad) < 1e-10, name
 
 
-def _flat(logits: Tensor, labels: Tensor, reduction: str = "none", **options: Any) -> Tensor:
+_reduction = contextvars.ContextVar("_reduction", default="none")
+
+
+@contextmanager
+def _reduced(reduction: str) -> Iterator[None]:
+    """Losses of flat logits are reduced so; without reduction they need all logits."""
+    token = _reduction.set(reduction)
+    yield
+    _reduction.reset(token)
+
+
+def _flat(logits: Tensor, labels: Tensor, reduction: str = "", **options: Any) -> Tensor:
+    reduction = reduction or _reduction.get()
     return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction=reduction, **options)
 
 
@@ -96,7 +113,7 @@ def _softcap_in_place(model: Reader, logits: Tensor, labels: Tensor) -> Tensor:
 def _through_dimensions(model: Reader, logits: Tensor, labels: Tensor) -> Tensor:
     moved = logits.permute(2, 0, 1).movedim(0, 1).transpose(0, 1).mT
     assert moved.shape == (model.ids, TOKENS, len(labels))
-    return F.cross_entropy(moved.T.mT, labels, reduction="none")
+    return F.cross_entropy(moved.T.mT, labels, reduction=_reduction.get())
 
 
 def _squeezed(model: Reader, logits: Tensor, labels: Tensor) -> Tensor:
@@ -116,7 +133,7 @@ def _per_id(model: Reader, logits: Tensor, labels: Tensor) -> Tensor:
 
 
 LOSSES: dict[str, Callable[[Reader, Tensor, Tensor], Tensor]] = {
-    "size from the model": lambda m, x, y: F.cross_entropy(x.float().double().view(-1, m.ids), y.view(-1)),
+    "size from the model": lambda m, x, y: F.cross_entropy(x.double().view(-1, m.ids), y.view(-1)),
     "size from the logits": lambda m, x, y: _flat(x.reshape(-1, x.size(-1)), y, label_smoothing=0.2),
     "size -1": lambda m, x, y: _flat(x.reshape(y.numel(), -1), y, "sum"),
     "shifted": lambda m, x, y: _flat(x[..., :-1, :].contiguous(), y[..., 1:]),
@@ -125,6 +142,8 @@ LOSSES: dict[str, Callable[[Reader, Tensor, Tensor], Tensor]] = {
     "index": lambda m, x, y: _flat(x[:, torch.tensor([0, 2])].select(0, 1), y[1, [0, 2]]),
     "each row": lambda m, x, y: torch.stack([F.cross_entropy(a, b) for a, b in zip(x, y, strict=True)]),
     "parts": lambda m, x, y: _flat(x.split([1, 3], 1)[1], y[:, 1:]) * _flat(x.chunk(2, 1)[0], y[:, :2]).sum(),
+    "scaled": lambda m, x, y: _flat(2 * torch.tanh(x / 30).mul(30).clamp(max=3) - 1, y),
+    "likelihood": lambda m, x, y: F.nll_loss(F.log_softmax(-x[:, :2].flatten(0, 1), -1), y[:, :2].flatten()),
     "softcap": lambda m, x, y: _flat(torch.tanh(x.data.detach().real + x / 3) * 3 - 1, y),
     "softcap in place": _softcap_in_place,
     "dimensions": _through_dimensions,
@@ -133,13 +152,21 @@ LOSSES: dict[str, Callable[[Reader, Tensor, Tensor], Tensor]] = {
 }  # fmt: skip
 
 
+ALWAYS_REDUCED = {"size from the model", "size -1", "likelihood", "each row"}
+# what these do, other than to move logits about, needs their numbers
+WITH_NUMBERS = {"softcap", "softcap in place", "squeezed", "per id"}
+
+
 def _followed(size: int, ids: int) -> None:
-    for name, loss in LOSSES.items():
+    for (name, loss), reduction in product(LOSSES.items(), ("none", "sum", "mean")):
         original, model = _pair(Reader(loss, ids), size)
         tokens, labels = _batch(ids)
-        expected, found = original(tokens, labels), model(tokens, labels)
+        with _reduced(reduction), patch.object(Origin, "get", autospec=True, side_effect=Origin.get) as get:
+            expected, found = original(tokens, labels), model(tokens, labels)
         assert type(found) is Tensor, name
         _compare_gradients(original, model, expected, found)
+        needs = name in WITH_NUMBERS or (reduction == "none" and name not in ALWAYS_REDUCED)
+        assert (get.call_count > 0) == needs, (name, reduction)
 
 
 @pytest.mark.parametrize(("size", "ids"), [(1, 7), (2, 7), (2, 4), (3, 7), (3, 2), (4, 7)])
@@ -245,8 +272,15 @@ def _outputs() -> None:
         _compare_gradients(original, model, expected, logits.gather())
 
 
+def _with_and_without_logits(function: Callable[[], None]) -> None:
+    """Losses that need all logits and those that do not."""
+    for reduction in ("none", "mean"):
+        with _reduced(reduction):
+            function()
+
+
 def test_outputs_of_every_structure(ranks: Callable[[int], Pool]) -> None:
-    ranks(2).run(_outputs)
+    ranks(2).run(_with_and_without_logits, _outputs)
 
 
 class Keeper(Reader):
@@ -274,7 +308,7 @@ def _bare() -> None:
 
 
 def test_bare_and_kept_logits(ranks: Callable[[int], Pool]) -> None:
-    ranks(2).run(_bare)
+    ranks(2).run(_with_and_without_logits, _bare)
 
 
 class Twice(Reader):
@@ -305,7 +339,7 @@ def _twice() -> None:
 
 
 def test_a_logits_layer_called_twice(ranks: Callable[[int], Pool]) -> None:
-    ranks(2).run(_twice)
+    ranks(2).run(_with_and_without_logits, _twice)
 
 
 def _llama() -> LlamaForCausalLM:
@@ -378,6 +412,12 @@ class Checkpointed(Reader):
         return logits.softmax(-1) if labels is None else _flat(logits, labels)
 
 
+def _checkpointed_both(part: str, reentrant: bool) -> None:
+    for reduction in ("none", "sum"):
+        with _reduced(reduction):
+            _checkpointed(part, reentrant)
+
+
 def _checkpointed(part: str, reentrant: bool) -> None:
     original, model = _pair(Checkpointed(part, None), 2)
     model.reentrant = reentrant
@@ -387,15 +427,15 @@ def _checkpointed(part: str, reentrant: bool) -> None:
     with torch.no_grad():  # an evaluation between a forward and its backward pass
         value = model(tokens, labels)
         assert largest_error(model(tokens), original(tokens)) < 1e-11
-    assert value.shape == (tokens.numel(),)
+    assert value.numel() == (tokens.numel() if _reduction.get() == "none" else 1)
 
     def both(one: nn.Module, order: int) -> Tensor:
         """With labels and without, in one backward pass: each is recomputed as it was computed."""
-        forwards = [lambda: one(tokens, labels).flatten(), lambda: one(tokens + order & 3).flatten()]
+        forwards = [lambda: one(tokens, labels), lambda: one(tokens + order & 3)]
         results = [forward() for forward in forwards[::order]]
         with torch.no_grad():
             one(tokens, labels)
-        return torch.cat(results)
+        return torch.cat([result.flatten() for result in results])
 
     for order in (1, -1):
         _compare_gradients(original, model, both(original, order), both(model, order))
@@ -407,4 +447,4 @@ def _checkpointed(part: str, reentrant: bool) -> None:
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("part", ["loss", "logits"])
 def test_activation_checkpointing(ranks: Callable[[int], Pool], part: str, reentrant: bool) -> None:
-    ranks(2).run(_checkpointed, part, reentrant)
+    ranks(2).run(_checkpointed_both, part, reentrant)

@@ -19,7 +19,8 @@ import colrow
 from colrow.collectives import Enter, communicator
 from colrow.layers import cross_entropy, linear_cross_entropy, linear_functions, loss_chunks
 from colrow.layers.linear_cross_entropy import column_cross_entropy
-from colrow.layers.loss_chunks import ColumnWeights, tokens_per_chunk
+from colrow.layers.linear_functions import ColumnWeights
+from colrow.layers.loss_chunks import tokens_per_chunk
 from colrow.layers.products import Products, choose_products
 from colrow.layout import Cut
 from tests.pool import Pool, worker_mesh

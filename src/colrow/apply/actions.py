@@ -303,9 +303,16 @@ class Applier:
         loss = self._plan.loss
         assert loss is not None
         sharding = self._plan.parameters[f"{loss.logits}.weight"]
+        layer = self._model.get_submodule(loss.logits)
+        if is_linear(layer):  # its input is entered elsewhere
+            before = _sizes(layer)
+            column_parallel(layer, self._ranks, reads="R", label=loss.logits, **self._placed(loss.logits))
+            vars(layer).update(before)
         cut = self._plan.axes[loss.axis].cut
         sizes = [sharding.layout.local_size(cut, rank) for rank in range(self._plan.ranks)]
-        ParallelLoss(loss, self._ranks, Cut.from_counts(sizes), gather_logits).attach(self._model)
+        ParallelLoss(loss, self._ranks, Cut.from_counts(sizes), gather_logits).attach(
+            self._model, self._undo.added_hooks(self._model)
+        )
 
 
 class OwnScope:

@@ -1,9 +1,10 @@
 """The model's own loss call on logits that are cut over the vocabulary.
 
 A model that is given labels computes its loss with ``F.cross_entropy``, somewhere between its last layer and
-the end of its forward. Then the logits layer gives :class:`colrow.apply.loss_logits.LocalLogits`, on which
-that call is the parallel cross-entropy. What the model returns has
-:class:`colrow.apply.loss_output.ShardedLogits` in their place.
+the end of its forward. Then the logits layer gives :class:`colrow.apply.loss_tensor.LocalLogits`, on which
+that call is the parallel cross-entropy. As a rule the layer does not compute: the loss does, for some tokens
+at a time (:mod:`colrow.apply.loss_late`). What the model returns has
+:class:`colrow.apply.loss_output.ShardedLogits` in place of logits.
 
 Without labels the logits are gathered, so that callers see what the original model gives.
 
@@ -15,7 +16,8 @@ from __future__ import annotations
 
 import inspect
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -23,10 +25,13 @@ import torch
 import torch._dynamo
 from torch import Tensor, nn
 
-from colrow.apply.loss_logits import LocalLogits, Vocabulary
+from colrow.apply.loss_functions import answer
+from colrow.apply.loss_late import late_logits
 from colrow.apply.loss_output import ShardedLogits, without_local_logits
+from colrow.apply.loss_tensor import LocalLogits, Vocabulary
 from colrow.collectives import AllGather, Communicator
 from colrow.errors import PlanError
+from colrow.layers.linear import ColumnParallel
 from colrow.layout import Cut
 from colrow.plan import Loss
 from colrow.tracer import outside_of_graphs
@@ -47,12 +52,24 @@ class _Forward:
     Attributes:
         has_labels: whether it was given labels.
         backward: the backward pass within which it runs (a recomputation), or -1.
-        vocabulary: of the logits that were computed so far.
+        may_be_late: whether the layer need not compute.
+        vocabulary: of the logits that were given so far.
+        records: whether it began with gradients recorded.
     """
 
     has_labels: bool
     backward: int
+    may_be_late: bool = True
     vocabulary: Vocabulary | None = None
+    records: bool = field(default_factory=torch.is_grad_enabled)
+
+
+@dataclass(frozen=True)
+class _Past:
+    """How a forward went whose backward pass runs: what it recomputes, it recomputes as that computed it."""
+
+    has_labels: bool = False
+    may_be_late: bool = False
 
 
 class ParallelLoss:
@@ -66,11 +83,16 @@ class ParallelLoss:
         self._loss, self._ranks, self._cut, self._gathers = loss, communicator, cut, gather
         self._forward: _Forward | None = None
         self._position = sys.maxsize  # of the labels among positional arguments
-        # whether the forward had labels whose backward pass runs: asked by what it recomputes
-        self._recomputes_with_labels = False
+        self._past = _Past()  # of the forward whose backward pass runs
+        # what gives logits before the loss gets them, with the number of hooks that are no one else's
+        self._givers: list[tuple[nn.Module, int]] = []
 
-    def attach(self, model: nn.Module) -> None:
-        """Hook ``model``'s two modules."""
+    def attach(self, model: nn.Module, hooks: Callable[[str], int]) -> None:
+        """Hook ``model``'s two modules.
+
+        Args:
+            hooks: how many forward hooks the module of a path has got by the plan so far.
+        """
         # torch.compile would take their shape for the real one: what computes with them is left to Python
         torch._dynamo.config.nontraceable_tensor_subclasses.add(LocalLogits)
         module = model.get_submodule(self._loss.module)
@@ -80,7 +102,12 @@ class ParallelLoss:
         module.register_forward_pre_hook(self._begin, with_kwargs=True, prepend=True)
         # before the hooks of others, which should see what the caller will
         module.register_forward_hook(self._end, always_call=True, prepend=True)
-        model.get_submodule(self._loss.logits).register_forward_hook(self._after_logits)
+        layer = model.get_submodule(self._loss.logits)
+        layer.register_forward_hook(self._after_logits)
+        if self._loss.fused and isinstance(layer, ColumnParallel):
+            layer.instead = self._instead
+            givers = [*_around(self._loss), self._loss.logits]
+            self._givers = [(model.get_submodule(path), hooks(path)) for path in givers]
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         labels = kwargs.get(self._loss.labels)
@@ -103,16 +130,42 @@ class ParallelLoss:
 
     @_between_graphs
     def _after_logits_eagerly(self, logits: Tensor) -> Tensor | None:
-        forward = self._forward
-        backward = torch._C._current_graph_task_id()
-        if forward is None or forward.backward != backward:
-            # not the model's forward: a part that activation checkpointing recomputes, or this layer alone
-            forward = _Forward(backward != -1 and self._recomputes_with_labels, backward)
+        if isinstance(logits, LocalLogits):  # late
+            return None
+        forward = self._current()
         if forward.has_labels:
-            if forward.vocabulary is None:
-                forward.vocabulary = Vocabulary(self._ranks, self._cut, f"loss of {self._loss.logits}")
-            return LocalLogits.of(logits, forward.vocabulary, logits.dim() - 1)
+            return LocalLogits.of(logits, self._vocabulary(forward), logits.dim() - 1)
         return self._gather(logits) if self._gathers else None
+
+    def _instead(self, layer: ColumnParallel, x: Tensor) -> Tensor | None:
+        """What the logits layer gives instead of logits, if it need not compute them."""
+        forward = self._current()
+        if not forward.has_labels:
+            return None
+        if forward.records != torch.is_grad_enabled():
+            # what runs without recording gets its place in the graph afterwards: reentrant checkpointing
+            forward.may_be_late = False
+        if (
+            not forward.may_be_late
+            or _is_special(layer)
+            or any(_hooks_of(one) > own for one, own in self._givers)
+        ):
+            return None
+        return late_logits(x, *layer.operands, layer.weights, self._vocabulary(forward), self._loss.logits)
+
+    def _current(self) -> _Forward:
+        """The forward within which the logits layer runs."""
+        forward, backward = self._forward, torch._C._current_graph_task_id()
+        if forward is not None and forward.backward == backward:
+            return forward
+        # not the model's forward: a part that activation checkpointing recomputes, or this layer alone
+        past = self._past if backward != -1 else _Past()
+        return _Forward(past.has_labels, backward, past.may_be_late)
+
+    def _vocabulary(self, forward: _Forward) -> Vocabulary:
+        if forward.vocabulary is None:
+            forward.vocabulary = Vocabulary(self._ranks, self._cut, f"loss of {self._loss.logits}", answer)
+        return forward.vocabulary
 
     def _gather(self, logits: Tensor) -> Tensor:
         label = f"gather {self._loss.logits}"
@@ -121,7 +174,7 @@ class ParallelLoss:
     def _end(self, module: nn.Module, args: Any, output: Any) -> Any:
         forward = self._forward
         if torch.compiler.is_dynamo_compiling() and forward is not None and not forward.has_labels:
-            self._forward, self._recomputes_with_labels = None, False
+            self._forward, self._past = None, _Past()
             return None
         return self._end_eagerly(output)
 
@@ -130,7 +183,7 @@ class ParallelLoss:
         forward, self._forward = self._forward, None
         if forward is None or output is None:  # the forward raised
             return None
-        if forward.vocabulary is not None and not forward.vocabulary.computed:
+        if forward.vocabulary is not None and not forward.vocabulary.losses:
             raise PlanError(
                 self._loss.module,
                 "it was given labels but did not pass its logits to F.cross_entropy",
@@ -138,14 +191,38 @@ class ParallelLoss:
             )
         if forward.vocabulary is None and not torch.is_grad_enabled():
             return None
-        output, tensors = without_local_logits(output, f"gather {self._loss.logits}")
+        past = None
         if torch.is_grad_enabled():
-            # what this forward's backward pass recomputes, it recomputes as this forward computed it
-            self._recomputes_with_labels = forward.has_labels
-            for tensor in tensors:
-                if tensor.grad_fn is not None:
-                    tensor.grad_fn.register_prehook(partial(self._backward_begins, forward.has_labels))
-        return output
+            self._past = past = _Past(forward.has_labels, forward.may_be_late)
+        return without_local_logits(output, f"gather {self._loss.logits}", partial(self._notice, past))
 
-    def _backward_begins(self, has_labels: bool, gradients: object) -> None:
-        self._recomputes_with_labels = has_labels
+    def _notice(self, past: _Past | None, tensor: Tensor) -> None:
+        """A backward pass from ``tensor`` is that of a forward that went so."""
+        if past is not None and tensor.grad_fn is not None:
+            tensor.grad_fn.register_prehook(partial(self._backward_begins, past))
+
+    def _backward_begins(self, past: _Past, gradients: object) -> None:
+        self._past = past
+
+
+def _around(loss: Loss) -> list[str]:
+    """Within the module that computes the loss, the modules around the logits layer."""
+    prefix = f"{loss.module}." if loss.module else ""
+    names = loss.logits.removeprefix(prefix).split(".")
+    return [prefix + ".".join(names[:count]) for count in range(1, len(names))]
+
+
+def _hooks_of(module: nn.Module) -> int:
+    """How many see what the module gives, or act when it has ended, as fully sharded weights do."""
+    own = vars(module)
+    return sum(len(own[name]) for name in ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks"))
+
+
+def _is_special(layer: ColumnParallel) -> bool:
+    """Whether more happens in the layer than a product."""
+    return (
+        torch.nn.modules.module._has_any_global_hook()
+        or "forward" in vars(layer)
+        or layer.gather_output
+        or layer.region is not None
+    )

@@ -4,26 +4,38 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import MutableMapping, MutableSequence
+from collections.abc import Callable, MutableMapping, MutableSequence
 from typing import Any
 
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from colrow.apply.loss_logits import LocalLogits
+from colrow.apply.loss_tensor import LocalLogits
 from colrow.collectives import AllGather
 
 
 class ShardedLogits:
     """Stands for logits that were not gathered because the model was given labels.
 
-    Attributes:
-        local: [..., this rank's ids], this rank's part.
+    Where the loss did not keep logits they are computed when asked for, from the layer's input and weights,
+    which must not have changed. They have gradients of their own; that of the loss does not go through them.
     """
 
-    def __init__(self, local: Tensor, gather: AllGather) -> None:
-        self.local = local
-        self._gather = gather
+    def __init__(self, logits: LocalLogits, gather: AllGather, notice: Callable[[Tensor], None]) -> None:
+        self._logits, self._gather, self._notice = logits, gather, notice
+        self._local: Tensor | None = None
+
+    @property
+    def local(self) -> Tensor:
+        """[..., this rank's ids], this rank's part.
+
+        Raises:
+            PlanError: if the weights have changed, and logits were not kept.
+        """
+        if self._local is None:
+            self._local = self._logits.plain
+            self._notice(self._local)
+        return self._local
 
     def gather(self) -> Tensor:
         """[..., all ids]: the whole logits on every rank; every rank must call this."""
@@ -36,11 +48,11 @@ class ShardedLogits:
         )
 
     def __repr__(self) -> str:
-        return f"ShardedLogits(local={list(self.local.shape)})"
+        return f"ShardedLogits(local={list(self._logits.outside.shape)})"
 
 
-def without_local_logits(output: Any, label: str) -> tuple[Any, list[Tensor]]:
-    """``output`` with each :class:`LocalLogits` replaced by :class:`ShardedLogits`, and its tensors.
+def without_local_logits(output: Any, label: str, notice: Callable[[Tensor], None]) -> Any:
+    """``output`` with each :class:`LocalLogits` replaced by :class:`ShardedLogits`.
 
     Looks into mappings (the outputs of transformers are such), lists, tuples, dataclasses and what is
     registered with torch's pytree. What can change is changed in place, so that its type and identity stay.
@@ -48,18 +60,14 @@ def without_local_logits(output: Any, label: str) -> tuple[Any, list[Tensor]]:
     Args:
         output: what the model's forward gave.
         label: names the collective of :meth:`ShardedLogits.gather`.
-
-    Returns:
-        The output, and every tensor in it; of logits this rank's part.
+        notice: called with every tensor in the output; of logits with this rank's part, once it is there.
     """
-    walk = _Walk(label)
-    return walk.replaced(output), walk.tensors
+    return _Walk(label, notice).replaced(output)
 
 
 class _Walk:
-    def __init__(self, label: str) -> None:
-        self._label = label
-        self.tensors: list[Tensor] = []
+    def __init__(self, label: str, notice: Callable[[Tensor], None]) -> None:
+        self._label, self._notice = label, notice
         self._seen: dict[int, Any] = {}  # by identity: a value that is met again, also within itself
 
     def replaced(self, value: Any) -> Any:
@@ -72,10 +80,11 @@ class _Walk:
                 raise value.vocabulary.error(
                     "the model returns the log_softmax of its logits beside its loss"
                 )
-            self.tensors.append(value.plain)
-            result = ShardedLogits(value.plain, value.gather_on(self._label))
+            result = ShardedLogits(value, value.gather_on(self._label), self._notice)
+            if value.late is None:
+                self._notice(value.plain)
         elif isinstance(value, Tensor):
-            self.tensors.append(value)
+            self._notice(value)
         else:
             result = self._inside(value)
         self._seen[id(value)] = result

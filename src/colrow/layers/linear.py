@@ -9,6 +9,7 @@ Written once for ``nn.Linear``, whose weight is ``[out, in]``, and transformers'
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Literal, cast
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from colrow.collectives import AllGather, AllReduce, Communicator, Group, Slice, communicator
 from colrow.errors import PlanError
 from colrow.layers.entry import SharedEntry
-from colrow.layers.linear_functions import RowLinear, autocast, column_linear, local_linear
+from colrow.layers.linear_functions import ColumnWeights, RowLinear, autocast, column_linear, local_linear
 from colrow.layers.products import Products, agreed_products
 from colrow.layers.shards import axis_layout, shard_parameter
 from colrow.layout import Cut, DimensionLayout, TensorLayout
@@ -47,7 +48,7 @@ class _ParallelLinear(nn.Module):
         names = ("out_features", "in_features") if self._out_first else ("nf", "nx")
         axis = 0 if output else 1
         # a weight that is tied may be a shard already, or have another size than the layer was made with
-        sizes = list(self._operands[0].shape)[:: 1 if self._out_first else -1]
+        sizes = list(self.operands[0].shape)[:: 1 if self._out_first else -1]
         sizes[axis] = getattr(self, names[axis]) if layout is None else layout.size
         self.features, self.cut = axis_layout(sizes[axis], ranks.size, layout, cut)
         placed = (self.features, self.cut)
@@ -69,7 +70,8 @@ class _ParallelLinear(nn.Module):
         super().reset_parameters()  # type: ignore[misc]
 
     @property
-    def _operands(self) -> tuple[Tensor, Tensor | None]:
+    def operands(self) -> tuple[Tensor, Tensor | None]:
+        """This rank's weight and bias."""
         return cast(Tensor, self.weight), cast("Tensor | None", self.bias)
 
     @property
@@ -89,6 +91,8 @@ class ColumnParallel(_ParallelLinear):
     entry: SharedEntry | None
     reads: Literal["I", "R"]
     gather_output: bool
+    instead: Callable[[ColumnParallel, Tensor], Tensor | None] | None = None
+    """Gives a result in place of the product's, or ``None``; of the input as it has been entered."""
 
     def _become_column(
         self,
@@ -105,6 +109,17 @@ class ColumnParallel(_ParallelLinear):
         self._take_shard(group, label, layout, cut, output=True)
         self.entry, self.reads, self.gather_output = entry, reads, gather_output
 
+    @property
+    def is_entered(self) -> bool:
+        """Whether the gradient of the input is reduced elsewhere than in the product."""
+        return self.entry is not None or self.reads == "R"
+
+    @property
+    def weights(self) -> ColumnWeights:
+        """How the layer multiplies."""
+        label = f"enter {self.label}"
+        return ColumnWeights(self.communicator, label, self._out_first, self.products, self.is_entered)
+
     def begin_region(self, region: RegionRandomness, name: str) -> None:
         """From this layer's output on, random numbers differ by rank, until the region ``name`` ends."""
         self.region, self._region_name = region, name
@@ -113,14 +128,18 @@ class ColumnParallel(_ParallelLinear):
         """``x`` [..., in features], I (or R) -> [..., this rank's out features], V, or all of them, I."""
         if self.entry is not None:
             x = self.entry(x)
+        if self.instead is not None and not torch.compiler.is_compiling():
+            found = self.instead(self, x)
+            if found is not None:
+                return found
         y = column_linear(
             x,
-            *self._operands,
+            *self.operands,
             self.communicator,
             f"enter {self.label}",
             self._out_first,
             self.products,
-            self.entry is not None or self.reads == "R",
+            self.is_entered,
         )
         if self.region is not None:
             self.region.enter(y.device, self._region_name)
@@ -160,12 +179,12 @@ class RowParallel(_ParallelLinear):
             x = Slice(self.communicator, f"slice {self.label}", x.dim() - 1, self.sizes, "I")(x)
         label = f"exit {self.label}"
         if torch.compiler.is_compiling():
-            weight, bias = self._operands
+            weight, bias = self.operands
             total = AllReduce(self.communicator, label)(
                 local_linear(x, weight, None, self._out_first, self.products)
             )
             return total if bias is None else total + bias.to(total.dtype)
-        operands = autocast(x, *self._operands)
+        operands = autocast(x, *self.operands)
         result: Tensor = RowLinear.apply(*operands, self.communicator, label, self._out_first, self.products)
         return result
 
@@ -316,7 +335,7 @@ def multiply_faster(model: nn.Module, ranks: Communicator) -> None:
     Every rank of the group calls this. See :mod:`colrow.layers.products`.
     """
     layers = [module for module in model.modules() if isinstance(module, ColumnParallel | RowParallel)]
-    weights = [module._operands[0] for module in layers]
+    weights = [module.operands[0] for module in layers]
     if any(weight.dtype == torch.float32 and weight.device.type == "cpu" for weight in weights):
         products = agreed_products(ranks)
         for layer in layers:

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from colrow.collectives import Group, communicator
 from colrow.layers.cross_entropy import cross_entropy
-from colrow.layers.linear_functions import as_rows, autocast, column_linear
-from colrow.layers.loss_chunks import Chunks, ColumnWeights, FusedLoss
+from colrow.layers.linear_functions import ColumnWeights, as_rows, autocast, column_linear
+from colrow.layers.loss_chunks import Chunks, FusedLoss
 from colrow.layers.loss_terms import NO_SECOND_DERIVATIVE, Reduction, checked
 from colrow.layers.products import Products
 from colrow.layout import Cut

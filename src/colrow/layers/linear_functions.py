@@ -6,6 +6,7 @@ taken, and it is faster, the products go to oneDNN (:mod:`colrow.layers.products
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +18,25 @@ from colrow.layers.products import Products, onednn
 
 FEATURES_PER_BLOCK = 1024
 """Of so many output features at a time a gradient of a weight is added to others."""
+
+
+@dataclass(frozen=True)
+class ColumnWeights:
+    """How a column-parallel layer multiplies.
+
+    Attributes:
+        ranks: the group.
+        label: names the reduction of the input's gradient.
+        out_first: whether the weight is [out, in], as that of ``nn.Linear``, or [in, out], as ``Conv1D``'s.
+        products: who multiplies.
+        is_entered: whether the gradient of the input is reduced elsewhere.
+    """
+
+    ranks: Communicator
+    label: str
+    out_first: bool
+    products: Products
+    is_entered: bool
 
 
 def local_linear(
@@ -137,6 +157,11 @@ def column_linear(
     return result
 
 
+def _no_view(result: Tensor) -> Tensor:
+    """The same memory, not as a view: what a function of autograd gives may then be written into."""
+    return torch.ops.aten._unsafe_view(result, result.shape) if result._is_view() else result
+
+
 class _LocalLinear(torch.autograd.Function):
     """V x V -> V, without a collective."""
 
@@ -146,7 +171,7 @@ class _LocalLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.out_first, ctx.products = out_first, products
-        return product(x, weight, bias, out_first, products)
+        return _no_view(product(x, weight, bias, out_first, products))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -176,7 +201,7 @@ class ColumnLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.ranks, ctx.label, ctx.out_first, ctx.products = ranks, label, out_first, products
-        return product(x, weight, bias, out_first, products)
+        return _no_view(product(x, weight, bias, out_first, products))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:

@@ -8,15 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from colrow.collectives import Communicator
 from colrow.layers.linear_functions import (
+    ColumnWeights,
     add_gradient_of_weight,
     gradient_of_input,
     gradient_of_weight,
     product,
 )
 from colrow.layers.loss_terms import LossInputs, LossOptions, Reduction, Terms, wide_dtype
-from colrow.layers.products import Products
 
 TOKENS_AT_LEAST = 256
 """Products of fewer rows are less efficient, and each chunk's gradient of the weight has to be added up."""
@@ -28,25 +27,6 @@ def tokens_per_chunk(tokens: int) -> int:
     """For how many tokens logits exist at once; the same on all ranks."""
     chunks = max(1, min(CHUNKS, tokens // TOKENS_AT_LEAST))
     return max(1, -(-tokens // chunks))
-
-
-@dataclass(frozen=True)
-class ColumnWeights:
-    """How a column-parallel layer multiplies.
-
-    Attributes:
-        ranks: the group.
-        label: names the reduction of the input's gradient.
-        out_first: whether the weight is [out, in], as that of ``nn.Linear``, or [in, out], as ``Conv1D``'s.
-        products: who multiplies.
-        is_entered: whether the gradient of the input is reduced elsewhere.
-    """
-
-    ranks: Communicator
-    label: str
-    out_first: bool
-    products: Products
-    is_entered: bool
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from colrow.plan.text import columns, counts, shape
 if TYPE_CHECKING:
     from torch import nn
 
-    from colrow.plan.plan import Axis, Plan, Sharding
+    from colrow.plan.plan import Axis, Loss, Plan, Sharding
 
 SHOWN = 20
 """So many kinds of names are listed in an error."""
@@ -131,13 +131,14 @@ def _listed(plan: Plan) -> Iterable[Sequence[str]]:
     yield [f"{one.name} read by {one.reader or 'the model'}" for one in plan.once_parameters]
     yield [one.module or "the model" for one in plan.randomness]
     loss = plan.loss
-    yield (
-        []
-        if loss is None
-        else [f"of {loss.module or 'the model'} on {loss.logits} along {loss.axis}, labels {loss.labels}"]
-    )
+    yield [] if loss is None else [_loss(loss)]
     yield plan.holders
     yield plan.notes
+
+
+def _loss(loss: Loss) -> str:
+    kept = "" if loss.fused else ", of all logits at once"
+    return f"of {loss.module or 'the model'} on {loss.logits} along {loss.axis}, labels {loss.labels}{kept}"
 
 
 def _axis(axis: Axis) -> str:

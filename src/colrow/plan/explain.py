@@ -234,9 +234,10 @@ def _collectives(plan: Plan) -> list[str]:
 
 def _actions(plan: Plan) -> list[str]:
     loss = plan.loss
-    vocabulary_loss = (
-        [] if loss is None else [f"{loss.logits} of {loss.module or 'the model'}, cut {loss.axis}"]
-    )
+    vocabulary_loss = []
+    if loss is not None:
+        kept = "" if loss.fused else ", of all logits at once"
+        vocabulary_loss.append(f"{loss.logits} of {loss.module or 'the model'}, cut {loss.axis}{kept}")
     kinds: list[tuple[str, list[str]]] = [
         ("entry: all-reduce backward", [_entry(one) for one in plan.entries]),
         ("exit: all-reduce forward", [str(one.place) for one in plan.exits]),

@@ -91,12 +91,13 @@ def replicated(inside: str = "") -> Style:
 
 @dataclass(frozen=True)
 class LossSpec:
-    """Where logits and loss are; paths as in :class:`colrow.plan.plan.Loss`."""
+    """Where logits and loss are; as in :class:`colrow.plan.plan.Loss`."""
 
     logits: str
     axis: str = "vocab"
     module: str = ""
     labels: str = "labels"
+    fused: bool = True
 
 
 @dataclass(frozen=True)
@@ -356,7 +357,7 @@ class _Resolver:
             return None
         if spec.axis not in self.axes:
             raise PlanError(spec.logits, f"no layer is cut along {spec.axis!r}", "Correct the loss's axis.")
-        return Loss(spec.module, spec.logits, spec.axis, spec.labels)
+        return Loss(spec.module, spec.logits, spec.axis, spec.labels, spec.fused)
 
     def _check_regions(self, styles: dict[str, Style], loss: Loss | None) -> None:
         closed = {style.axis for style in styles.values() if style.kind == "row"}

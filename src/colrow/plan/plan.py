@@ -180,12 +180,14 @@ class Loss:
         logits: path of the column-parallel layer that computes the logits.
         axis: the vocabulary.
         labels: name of the forward's argument that asks for the loss.
+        fused: whether the loss computes logits itself, for some tokens at a time, where it can.
     """
 
     module: str
     logits: str
     axis: str
     labels: str = "labels"
+    fused: bool = True
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from math import prod
 
 import torch
 
+from colrow.layers.loss_chunks import tokens_per_chunk
 from colrow.plan.borders import Borders
 from colrow.plan.exits import Reductions
 from colrow.plan.flow import GradientFlow
@@ -18,7 +19,7 @@ from colrow.plan.prediction import Direction, PredictedCollective, Prediction
 from colrow.plan.selection import Selection
 from colrow.plan.sites import Sites
 from colrow.plan.states import States
-from colrow.trace.records import ModuleCall, Value
+from colrow.trace.records import ModuleCall, Operation, Value
 
 
 def predict(
@@ -40,6 +41,23 @@ def predict(
 
 _LOSSES = ("aten._log_softmax", "aten.log_softmax")
 """Where the way of logits ends: what comes of them there is whole."""
+
+
+def _at_once(operation: Operation, is_late: bool) -> list[tuple[int, ...]]:
+    """For which tokens a loss has logits at once, in a pass with gradients.
+
+    Args:
+        operation: the logarithm of the softmax.
+        is_late: whether logits are not computed before.
+    """
+    tokens = operation.inputs[0].shape[:-1]
+    losses = [use.outputs[0] for use in operation.outputs[0].uses if "nll_loss" in use.name]
+    count = prod(tokens)
+    step = tokens_per_chunk(count)
+    if not is_late or step >= count or any(loss.shape for loss in losses):
+        return [tokens]
+    return [(min(step, count - begin),) for begin in range(0, count, step)]
+
 
 _Kind = tuple[str, Direction, str, str, tuple[int, ...], int, tuple[int, ...], bool]
 
@@ -94,18 +112,20 @@ class _Predictor:
         Of every token the largest logit, and two sums: of exponentials, and the logit of its label. Besides,
         gradients of what all ids are added to or multiplied with on their way.
         """
-        way = {logits.index}
+        way, is_late = {logits.index}, True
         for operation in self._selection.trace.operations:
             if not way & {value.index for value in operation.inputs}:
                 continue
             if operation.name in _LOSSES:
-                tokens = operation.inputs[0].shape[:-1]
-                for what, shape in (("max", tokens), ("sum", (*tokens, 2))):
-                    label = f"loss of {module.path} {what}"
-                    self._add_one(label, shape, operation.inputs[0].dtype, operation.index)
+                for tokens in _at_once(operation, is_late):
+                    for what, shape in (("max", tokens), ("sum", (*tokens, 2))):
+                        label = f"loss of {module.path} {what}"
+                        self._add_one(label, shape, operation.inputs[0].dtype, operation.index)
                 continue
             way.update(value.index for value in operation.outputs)
             others = [value for value in operation.inputs if value.index not in way]
+            # all logits are computed where numbers other than plain ones meet them; not to select tokens
+            is_late &= not others or operation.name in ("aten.index", "aten.index_select")
             for value in others if self._flow.through(operation) else ():
                 per_id = bool(value.shape) and value.shape[-1] == logits.shape[-1]
                 if self._flow.reaches(value):

@@ -1,17 +1,14 @@
-"""Logits that are cut over the vocabulary, between the layer that computes them and the model's loss.
+"""What functions of torch give when the model calls them with logits that are cut over the vocabulary.
 
-:class:`LocalLogits` holds this rank's ids and knows which dimension is the vocabulary. To the model it
-is like the whole: its shape is that of all ids, and sizes that the model gives (``view(-1, vocab_size)``) are
-those of the whole. Each function that is allowed follows the vocabulary's dimension by the shapes of the
-whole, which all ranks have in common, so that all ranks decide alike. What would mix the vocabulary is an
-error that names the function, because on a shard it would give wrong numbers.
+Each function that is allowed follows the vocabulary's dimension by the shapes of the whole, which all ranks
+have in common, so that all ranks decide alike. What would mix the vocabulary is an error that names the
+function, because on a shard it would give wrong numbers.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -19,10 +16,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from colrow.collectives import AllGather, Communicator, Enter, Slice
+from colrow.apply.loss_followed import (
+    Rule,
+    followed_cast,
+    followed_change,
+    followed_part,
+    followed_same,
+    rows_of_loss,
+)
+from colrow.apply.loss_tensor import Call, LocalLogits
+from colrow.collectives import Enter, Slice
 from colrow.errors import PlanError
 from colrow.layers import cross_entropy
-from colrow.layout import Cut
 
 # the same elements in the same shape; only the first argument's elements are taken
 _SAME = {
@@ -50,140 +55,44 @@ _IN_PLACE = {
     "tanh_", "clamp_", "masked_fill_",
 }  # fmt: skip
 _SIZES = {"shape", "size", "numel", "nelement", "__len__", "nbytes"}
+# what is asked of the tensor itself, whether it has numbers or not
 _QUERIES = {
-    "dim", "ndimension", "stride", "is_contiguous", "is_floating_point", "is_complex", "get_device",
-    "requires_grad_", "element_size", "data_ptr", "storage_offset", "__hash__", "__repr__", "__format__",
+    "dim", "ndimension", "is_floating_point", "is_complex", "get_device", "element_size", "__hash__",
+    "is_same_size",  # by activation checkpointing
+}  # fmt: skip
+# what is asked of its memory, its numbers or their gradients
+_OF_NUMBERS = {
+    "stride", "is_contiguous", "requires_grad_", "data_ptr", "storage_offset", "__repr__", "__format__",
     "register_hook", "retain_grad",
-    "is_same_size", "backward",  # by activation checkpointing, with gradients of this rank's part
+    "backward",  # by activation checkpointing, with gradients of this rank's part
 }  # fmt: skip
 
 
-@dataclass
-class Vocabulary:
-    """What the logits of one forward have in common.
+def answer(call: Call) -> Any:
+    """The result of a function that is called with logits.
 
-    Attributes:
-        ranks: the group over which the vocabulary is cut.
-        cut: its ids on each rank.
-        label: names errors and collectives.
-        computed: whether a loss has been computed from logits.
+    Raises:
+        PlanError: if the function would need the other ranks' ids, or is not known.
     """
-
-    ranks: Communicator
-    cut: Cut
-    label: str
-    computed: bool = False
-
-    def error(self, cause: str) -> PlanError:
-        """A :class:`PlanError` that names the logits."""
-        return PlanError(
-            self.label,
-            cause,
-            "Leave the logits layer out of the plan, or compute the loss outside of the model.",
-        )
-
-
-class LocalLogits(Tensor):
-    """This rank's ids of logits that look whole.
-
-    Functions that it does not know, or that would need the other ranks' ids, raise :class:`PlanError`.
-    """
-
-    vocabulary: Vocabulary
-    dimension: int
-    # they stand for their log-softmax, which only a loss can be computed from without the other ranks
-    normalised: bool = False
-
-    @staticmethod
-    def of(local: Tensor, vocabulary: Vocabulary, dimension: int) -> LocalLogits:
-        """``local``, [..., this rank's ids, ...], whose ``dimension`` is the vocabulary."""
-        logits: LocalLogits = local.as_subclass(LocalLogits)
-        logits.vocabulary, logits.dimension = vocabulary, dimension
-        return logits
-
-    @property
-    def plain(self) -> Tensor:
-        """This rank's part as an ordinary tensor, through which gradients flow."""
-        with torch._C.DisableTorchFunctionSubclass():
-            local: Tensor = self.as_subclass(Tensor)
-            return local
-
-    def gather_on(self, label: str) -> AllGather:
-        """The collective that makes :attr:`plain` whole on every rank."""
-        return AllGather(self.vocabulary.ranks, label, self.dimension, self.vocabulary.cut.counts, "I")
-
-    @classmethod
-    def __torch_function__(
-        cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        with torch._C.DisableTorchFunctionSubclass():
-            return _call(function, args, kwargs or {})
-
-
-@dataclass(frozen=True)
-class _Call:
-    """One function that the model calls with logits among its arguments."""
-
-    function: Callable[..., Any]
-    name: str
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    logits: tuple[LocalLogits, ...]
-
-    @property
-    def vocabulary(self) -> Vocabulary:
-        return self.logits[0].vocabulary
-
-    @property
-    def size(self) -> int:
-        """Ids over all ranks."""
-        return self.vocabulary.cut.units
-
-    @property
-    def operand(self) -> object:
-        return self.args[0] if self.args else self.kwargs.get("input", self.kwargs.get("self"))
-
-    def run(self, change: Callable[[Any], Any]) -> Any:
-        """The function's result with each argument changed."""
-        args, kwargs = tree_map(change, (self.args, self.kwargs))
-        return self.function(*args, **kwargs)
-
-    def refused(self) -> PlanError:
-        return self.vocabulary.error(
-            f"between its logits and its loss the model calls {self.name}, which would see this rank's part "
-            "of the vocabulary only"
-        )
-
-    def cuts(self, shape: torch.Size | None) -> PlanError:
-        result = "its result has" if shape is None else f"{list(shape)} has"
-        return self.vocabulary.error(
-            f"{self.name} cuts the vocabulary of the logits: {result} no dimension of all {self.size} ids"
-        )
-
-
-def _call(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    name = getattr(function, "__name__", str(function))
-    getter = name == "__get__"
-    if getter:
-        name = function.__self__.__name__
-    found = tuple(one for one in tree_leaves((args, kwargs)) if isinstance(one, LocalLogits))
-    call = _Call(function, name, args, kwargs, found)
-    if function is F.cross_entropy:
-        return _loss(call, *args, **kwargs)
-    if function is F.nll_loss:
-        return _likelihood(call, *args, **kwargs)
-    if name == "log_softmax":
+    if call.function is F.cross_entropy:
+        return _loss(call, *call.args, **call.kwargs)
+    if call.function is F.nll_loss:
+        return _likelihood(call, *call.args, **call.kwargs)
+    if call.name == "log_softmax":
         return _log_softmax(call)
-    if kwargs.get("out") is not None:
+    if call.kwargs.get("out") is not None:
         raise call.refused()
-    normalised = any(one.normalised for one in found)
-    if normalised and name in _ELEMENTWISE | _IN_PLACE:
+    normalised = any(one.normalised for one in call.logits)
+    if normalised and call.name in _ELEMENTWISE | _IN_PLACE:
         raise call.refused()
-    for names, rule in _RULES:
-        if name in names:
-            return tree_map(_as_normalised, rule(call)) if normalised else rule(call)
-    if getter:  # device, dtype, requires_grad and the like
-        value = function(*args)
+    for names, rule, follow in _RULES:
+        if call.name in names:
+            result = follow(call, rule) if follow is not None else None
+            if result is None:  # numbers are needed
+                result = rule(call)
+            return tree_map(_as_normalised, result) if normalised else result
+    if call.is_getter:  # device, dtype, requires_grad and the like
+        value = call.run(_as_is)
         if not isinstance(value, Tensor):
             return value
     raise call.refused()
@@ -197,6 +106,18 @@ def _as_normalised(value: Any) -> Any:
 
 def _plain(value: Any) -> Any:
     return value.plain if isinstance(value, LocalLogits) else value
+
+
+def _with_numbers(value: Any) -> Any:
+    """Logits as they are; late ones with their numbers."""
+    is_late = isinstance(value, LocalLogits) and value.late is not None
+    return value.plain if is_late else value
+
+
+def _as_is(value: Any) -> Any:
+    """Logits as they are; those whose numbers came later with these."""
+    has_numbers = isinstance(value, LocalLogits) and value.late is not None and value.late.is_there
+    return value.plain if has_numbers else value
 
 
 def _shape(value: Tensor, size: int) -> tuple[int, ...]:
@@ -221,22 +142,22 @@ def _twin(size: int) -> Callable[[Any], Any]:
     return twin
 
 
-def _query(call: _Call) -> Any:
-    return call.run(lambda value: value)
+def _query(call: Call) -> Any:
+    return call.run(_with_numbers if call.name in _OF_NUMBERS else _as_is)
 
 
-def _sizes(call: _Call) -> Any:
+def _sizes(call: Call) -> Any:
     return call.run(_twin(call.size))
 
 
-def _same(call: _Call) -> Any:
+def _same(call: Call) -> Any:
     result = call.run(_plain)
     if isinstance(call.operand, LocalLogits) and isinstance(result, Tensor):
         return LocalLogits.of(result, call.vocabulary, call.operand.dimension)
     return result  # another tensor was given the type or device of logits
 
 
-def _reshape(call: _Call) -> Any:
+def _reshape(call: Call) -> Any:
     with torch.no_grad():
         whole = call.run(_twin(call.size)) if isinstance(call.operand, LocalLogits) else None
     if whole is None:  # another tensor gets the shape of logits
@@ -266,7 +187,7 @@ def _reshape(call: _Call) -> Any:
     return LocalLogits.of(result, call.vocabulary, found[0])
 
 
-def _move(call: _Call) -> Any:
+def _move(call: Call) -> Any:
     """Follow the vocabulary by shapes alone: it is the dimension that has one id less if the whole has."""
     if not isinstance(call.operand, LocalLogits) or len(call.logits) > 1:
         raise call.refused()
@@ -289,7 +210,7 @@ def _move(call: _Call) -> Any:
     return tree_unflatten(tracked, structure)
 
 
-def _elementwise(call: _Call) -> Any:
+def _elementwise(call: Call) -> Any:
     tensors = [one for one in tree_leaves((call.args, call.kwargs)) if isinstance(one, Tensor)]
     shapes = [_shape(one, call.size) for one in tensors]
     shape = torch.broadcast_shapes(*shapes)  # raises for the whole, on all ranks, what it would raise
@@ -305,28 +226,32 @@ def _elementwise(call: _Call) -> Any:
 
     def local(value: Any) -> Any:
         if isinstance(value, LocalLogits):
-            return value if in_place and value is call.operand else value.plain
+            return value if in_place and value.late is None and value is call.operand else value.plain
         if isinstance(value, Tensor) and value.dim() >= from_last and value.shape[-from_last] != 1:
             cut = call.vocabulary.cut  # one value for each id
             return Slice(ranks, label, value.dim() - from_last, cut.counts, "I")(value)
         # one value for all ids: each rank finds the gradient that comes from its own
         return Enter(ranks, label)(value) if isinstance(value, Tensor) else value
 
+    if isinstance(call.operand, LocalLogits) and in_place and call.operand.late is not None:
+        call.operand.late.origin.get_all()
     result = call.run(local)
-    return result if in_place else LocalLogits.of(result, call.vocabulary, len(shape) - from_last)
+    return call.operand if in_place else LocalLogits.of(result, call.vocabulary, len(shape) - from_last)
 
 
-_RULES: tuple[tuple[set[str], Callable[[_Call], Any]], ...] = (
-    (_QUERIES, _query),
-    (_SIZES, _sizes),
-    (_SAME, _same),
-    (_SHAPES | _EXPANSIONS, _reshape),
-    (_MOVES, _move),
-    (_ELEMENTWISE | _IN_PLACE, _elementwise),
+# names; what such a function gives; the same without numbers, where there is a way
+_RULES: tuple[tuple[set[str], Rule, Callable[[Call, Rule], Any] | None], ...] = (
+    (_QUERIES | _OF_NUMBERS, _query, None),
+    (_SIZES, _sizes, None),
+    (_SAME, _same, followed_same),
+    (_SHAPES | _EXPANSIONS, _reshape, followed_part),
+    (_MOVES, _move, followed_part),
+    (_ELEMENTWISE, _elementwise, followed_change),
+    (_IN_PLACE, _elementwise, None),
 )
 
 
-def _log_softmax(call: _Call) -> Any:
+def _log_softmax(call: Call) -> Any:
     """The logits again, to be normalised by the loss: it needs their sum over all ranks anyway."""
     logits = call.operand
     given = call.args[1] if len(call.args) > 1 else call.kwargs.get("dim")
@@ -337,13 +262,16 @@ def _log_softmax(call: _Call) -> Any:
     dtype = next(
         (one for one in (*call.args[2:], call.kwargs.get("dtype")) if isinstance(one, torch.dtype)), None
     )
+    found = followed_cast(call, _log_softmax, dtype)
+    if found is not None:
+        return _as_normalised(found)
     result = logits.plain if dtype is None else logits.plain.to(dtype)
     # another tensor object: the logits themselves may go into the model's output
     return _as_normalised(LocalLogits.of(result.view_as(result), call.vocabulary, logits.dimension))
 
 
 def _likelihood(
-    call: _Call,
+    call: Call,
     input: Tensor,
     target: Tensor,
     weight: Tensor | None = None,
@@ -359,7 +287,7 @@ def _likelihood(
 
 
 def _loss(
-    call: _Call,
+    call: Call,
     input: Tensor,
     target: Tensor,
     weight: Tensor | None = None,
@@ -377,15 +305,31 @@ def _loss(
     classes = 1 if input.dim() > 1 else 0
     if not isinstance(input, LocalLogits) or len(call.logits) > 1 or input.dimension != classes:
         raise vocabulary.error("the model calls cross_entropy with classes that are not the vocabulary")
-    vocabulary.computed = True
-    return cross_entropy(
-        input.plain.movedim(classes, -1),
-        target,
-        vocabulary.ranks,
-        vocabulary=vocabulary.cut,
-        weight=weight,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        label_smoothing=label_smoothing,
-        label=vocabulary.label,
-    )
+    rows = rows_of_loss(input, target, reduction)
+    vocabulary.losses.append(rows is not None)
+    if input.is_meta:  # only shapes are asked for
+        return _loss_of_shapes(call)
+    options: dict[str, Any] = {
+        "vocabulary": vocabulary.cut,
+        "ignore_index": ignore_index,
+        "reduction": reduction,
+        "label_smoothing": label_smoothing,
+        "label": vocabulary.label,
+    }
+    if rows is not None:
+        assert input.late is not None
+        return input.late.origin.loss(
+            rows, target, class_weight=weight, change=input.late.change(), **options
+        )
+    local = input.plain.movedim(classes, -1)
+    return cross_entropy(local, target, vocabulary.ranks, weight=weight, **options)
+
+
+def _loss_of_shapes(call: Call) -> Tensor:
+    """What the loss of all ids would give, without numbers."""
+
+    def shaped(value: Any) -> Any:
+        return _twin(call.size)(value).to("meta") if isinstance(value, Tensor) else value
+
+    loss: Tensor = call.run(shaped)
+    return loss
