@@ -221,7 +221,7 @@ class Model(Work):
 
     def __init__(self, case: Case, ranks: int) -> None:
         super().__init__(case, ranks)
-        length = 256
+        length = min(256, case.tokens)
         configuration = GPT2Config(
             vocab_size=case.vocabulary,
             n_positions=length,

@@ -102,7 +102,7 @@ class Applier:
         for piece in plan.slices:
             self._change(piece.place, TakePart(*self._placed_part(piece.place, piece.sharding)))
         for gather in plan.gathers:
-            if gather_logits or not self._is_logits(gather.place):
+            if gather_logits or gather.always or not self._is_logits(gather.place):
                 self._change(gather.place, TakeWhole(*self._placed_part(gather.place, gather.sharding)))
         for attribute in plan.attributes:
             self._localise(attribute)

@@ -106,8 +106,7 @@ class ParallelLoss:
         layer.register_forward_hook(self._after_logits)
         if self._loss.fused and isinstance(layer, ColumnParallel):
             layer.instead = self._instead
-            givers = [*_around(self._loss), self._loss.logits]
-            self._givers = [(model.get_submodule(path), hooks(path)) for path in givers]
+            self._givers = [(model.get_submodule(path), hooks(path)) for path in _givers(self._loss)]
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         labels = kwargs.get(self._loss.labels)
@@ -205,11 +204,17 @@ class ParallelLoss:
         self._past = past
 
 
-def _around(loss: Loss) -> list[str]:
-    """Within the module that computes the loss, the modules around the logits layer."""
+def _givers(loss: Loss) -> list[str]:
+    """What gives logits within the module that computes the loss: the layer, and the modules around it."""
     prefix = f"{loss.module}." if loss.module else ""
     names = loss.logits.removeprefix(prefix).split(".")
-    return [prefix + ".".join(names[:count]) for count in range(1, len(names))]
+    return [prefix + ".".join(names[:count]) for count in range(1, len(names) + 1)]
+
+
+def is_watched(model: nn.Module, loss: Loss) -> bool:
+    """Whether somebody sees what the logits layer of a model gives, before there is a plan."""
+    layer = model.get_submodule(loss.logits)
+    return "forward" in vars(layer) or any(_hooks_of(model.get_submodule(path)) for path in _givers(loss))
 
 
 def _hooks_of(module: nn.Module) -> int:

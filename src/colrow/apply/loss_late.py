@@ -115,9 +115,14 @@ class Origin:
     @contextmanager
     def modes(self) -> Iterator[None]:
         """Gradients are recorded as they were, and operands, which have been cast, stay as they are."""
-        device = self._operands[0].device.type
+        device = _autocast_device(self._operands[0])
         with torch.set_grad_enabled(self._records), torch.autocast(device, enabled=False):
             yield
+
+
+def _autocast_device(tensor: Tensor) -> str:
+    """Whose autocast a tensor is under; there is none of the meta device."""
+    return "cpu" if tensor.is_meta else tensor.device.type
 
 
 def _state(tensor: Tensor) -> tuple[int, ...]:
@@ -237,7 +242,7 @@ def late_logits(
         vocabulary: which ids it gives.
         label: names the layer in errors.
     """
-    device = x.device.type
+    device = _autocast_device(x)
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     # the loss's small gradients would vanish in float16 before a scale is multiplied in
     if torch.float16 in (dtype, x.dtype) or any(

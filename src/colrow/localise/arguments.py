@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from colrow.trace.records import FunctionCall, Value
+from colrow.trace.records import FunctionCall, Operation, Value
 from colrow.trace.tree import Path
 
 _SLICE = ("start", "stop", "step")
@@ -37,7 +37,9 @@ def values_of(item: Any) -> list[Value]:
     return found
 
 
-def changed(call: FunctionCall, change: Callable[[Path, Any], Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def changed(
+    call: FunctionCall | Operation, change: Callable[[Path, Any], Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of a call with every leaf changed; paths as of :func:`integers_of`."""
     arguments, keywords = _walk(
         (call.arguments, call.keywords), lambda path, item: change(path[1:], item), (), values=True

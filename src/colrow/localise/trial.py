@@ -57,7 +57,9 @@ class Trials:
     def is_part(self, value: Value, call: FunctionCall, result: bool) -> bool:
         """Whether a rank gives ``call`` a part of the value, or gets one from it."""
         if result:
-            return self._states.made_local(value)
+            made = value.producer
+            was_there = made is not None and made.index < call.first  # it has been written into
+            return self._states.is_local(value) if was_there else self._states.made_local(value)
         return self._states.is_local(value) or (value.index, call.index) in self._sliced_at
 
     def concerns(self, call: FunctionCall) -> bool:

@@ -6,8 +6,10 @@ with them afterwards, on paths that no example showed too, is then done with who
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from colrow.axes.factor import Reason
 from colrow.plan.places import ModuleOutput
 from colrow.plan.plan import Gather, Loss
 from colrow.plan.selection import Selection
@@ -25,6 +27,7 @@ class Borders:
         loss: the parallel loss, whose logits layer gathers too where no loss is computed.
         losses: logits that go into a loss, with the call of the layer that gives them.
         unread: logits of the same layer that no loss reads: it gathers them itself.
+        notes: why logits are gathered although there is a loss of parts.
     """
 
     values: set[int] = field(default_factory=set)
@@ -33,20 +36,25 @@ class Borders:
     loss: Loss | None = None
     losses: list[tuple[Value, ModuleCall]] = field(default_factory=list)
     unread: list[tuple[Value, ModuleCall]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
-def find_borders(selection: Selection) -> Borders:
+def find_borders(selection: Selection, whole: Mapping[str, Reason] | None = None) -> Borders:
     """The borders of a selection.
+
+    Args:
+        selection: what is cut.
+        whole: paths of layers whose logits have to be gathered before their loss, and why.
 
     Raises:
         CannotPlaceError: if cut values reach a loss or an output where they cannot be made whole.
     """
-    return _Search(selection).run()
+    return _Search(selection, whole or {}).run()
 
 
 class _Search:
-    def __init__(self, selection: Selection) -> None:
-        self._selection = selection
+    def __init__(self, selection: Selection, whole: Mapping[str, Reason]) -> None:
+        self._selection, self._whole = selection, whole
         self._found = Borders()
         self._output_of: dict[int, list[ModuleCall]] = {}
         for module in selection.trace.modules:
@@ -92,12 +100,21 @@ class _Search:
         labels = self._labels(operation)
         chosen = self._selection.chosen_of(value)
         assert chosen is not None
-        if layer is None or not self._can_be_local(layer[0]):
+        if layer is None:
             raise self._selection.cannot("its logits are no output of a layer", operation)
+        if not self._can_be_local(layer[0]):
+            raise self._selection.cannot(f"some ids of {layer[1].path} are dealt with apart", operation)
         logits, module = layer
+        reason = self._whole.get(module.path)
         if labels is None:
-            self._gather(logits, module)
+            reason = Reason("what it compares with is no argument of the model", operation)
+        if reason is not None:
+            self._gather(logits, module, always=True)
+            note = f"{module.path} is cut, but its logits are gathered before the loss: {reason}"
+            if note not in self._found.notes:
+                self._found.notes.append(note)
             return
+        assert labels is not None
         loss = Loss("", module.path, chosen.name, labels)
         if self._found.loss is not None and self._found.loss != loss:
             raise self._selection.cannot("the model computes more than one loss over cut classes", operation)
@@ -107,10 +124,12 @@ class _Search:
 
     def _labels(self, operation: Operation) -> str | None:
         """The argument of the model that a loss compares with."""
-        for use in [operation, *operation.outputs[0].uses]:
-            if "nll_loss" in use.name and len(use.arguments) > 1 and isinstance(use.arguments[1], Value):
-                return _argument(use.arguments[1])
-        return None
+        if "nll_loss" in operation.name:
+            target = operation.arguments[1] if len(operation.arguments) > 1 else None
+            return _argument(target) if isinstance(target, Value) else None
+        classes = [one for one in operation.outputs if self._selection.is_cut(one)]
+        found = (self._labels(use) for one in classes for use in one.uses)
+        return next((name for name in found if name is not None), None)
 
     def _can_be_local(self, logits: Value) -> bool:
         """Whether the classes are the last dimension, cut in one piece."""
@@ -160,7 +179,7 @@ class _Search:
                 stack += [one for one in use.outputs if self._selection.is_cut(one)]
         return True
 
-    def _gather(self, value: Value, module: ModuleCall) -> None:
+    def _gather(self, value: Value, module: ModuleCall, always: bool = False) -> None:
         if value.index in self._found.values:
             return
         if module.parent is not None:
@@ -172,7 +191,7 @@ class _Search:
             return
         self._found.gathered.append((value, module))
         path = next(path for path, one in module.outputs if one is value)
-        gather = Gather(ModuleOutput(module.path, path), self._selection.sharding(value))
+        gather = Gather(ModuleOutput(module.path, path), self._selection.sharding(value), always)
         known = [one for one in self._found.gathers if one.place == gather.place]
         if known and not _alike(known[0], gather):
             raise self._selection.cannot("the model's output is cut in different ways", value)

@@ -15,6 +15,7 @@ from torch import nn
 from colrow.axes import Axes, Registry, infer
 from colrow.axes.factor import Reason
 from colrow.errors import PlanError
+from colrow.layout import Cut
 from colrow.localise import Localisation, localise
 from colrow.plan.borders import Borders, find_borders
 from colrow.plan.candidates import Candidate, find_candidates
@@ -106,6 +107,7 @@ class _Derivation:
         self._forbid = forbid
         self._candidates = find_candidates(axes, ranks) if ranks > 1 else []
         self._banned: dict[str, Reason] = {}
+        self._whole_logits: dict[str, Reason] = {}  # by the path of their layer
 
     def run(self) -> Plan:
         self._forbid_by_name()
@@ -166,13 +168,33 @@ class _Derivation:
         ]
 
     def _place(self, selection: Selection) -> _Placed:
-        borders = find_borders(selection)
+        borders = self._borders(selection)
         states = States(selection, borders.values)
         linearity = Linearity(states)
         reductions = find_reductions(states, linearity)
         summations, actions = self._sums(states, borders, reductions)
         localisation = localise(self._model, states, reductions)
         return _Placed(selection, borders, reductions, summations, states, actions, localisation)
+
+    def _borders(self, selection: Selection) -> Borders:
+        """Logits are gathered where the program does more with them than cut logits can do."""
+        from colrow.apply.loss_trial import try_loss  # what computes losses knows about plans
+
+        while True:
+            borders = find_borders(selection, self._whole_logits)
+            if borders.loss is None:
+                return borders
+            logits = borders.losses[0][0]
+            sharding = selection.sharding(logits)
+            chosen = selection.chosen_of(logits)
+            assert chosen is not None
+            sizes = [sharding.layout.local_size(chosen.cut, rank) for rank in range(self._ranks)]
+            calls = [call for _, call in borders.losses]
+            trial = try_loss(self._model, selection.trace, borders.loss, Cut.from_counts(sizes), calls)
+            if trial.refused is None:
+                borders.loss = replace(borders.loss, fused=trial.fused)
+                return borders
+            self._whole_logits[borders.loss.logits] = trial.refused
 
     def _sums(
         self, states: States, borders: Borders, reductions: Reductions
@@ -212,7 +234,10 @@ class _Derivation:
             loss=placed.borders.loss,
             holders=holders_of(self._model, parameters),
             shapes=shapes,
-            notes=tuple(notes_of(self._axes, self._candidates, selection.chosen, self._banned, parts)),
+            notes=(
+                *placed.borders.notes,
+                *notes_of(self._axes, self._candidates, selection.chosen, self._banned, parts),
+            ),
             prediction=predict(
                 selection,
                 placed.states,

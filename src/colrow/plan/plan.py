@@ -103,10 +103,14 @@ class PartSlice:
 
 @dataclass(frozen=True)
 class Gather:
-    """V → I: the parts of the value at ``place`` are put together on every rank."""
+    """V → I: the parts of the value at ``place`` are put together on every rank.
+
+    With ``always`` also where the caller wants local logits: the model itself computes with all of them.
+    """
 
     place: ModuleOutput | CallResult
     sharding: Sharding
+    always: bool = False
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from colrow.plan.prediction import Direction, PredictedCollective, Prediction
 from colrow.plan.selection import Selection
 from colrow.plan.sites import Sites
 from colrow.plan.states import States
-from colrow.trace.records import ModuleCall, Operation, Value
+from colrow.trace.records import ModuleCall, Value
 
 
 def predict(
@@ -43,20 +43,11 @@ _LOSSES = ("aten._log_softmax", "aten.log_softmax")
 """Where the way of logits ends: what comes of them there is whole."""
 
 
-def _at_once(operation: Operation, is_late: bool) -> list[tuple[int, ...]]:
-    """For which tokens a loss has logits at once, in a pass with gradients.
-
-    Args:
-        operation: the logarithm of the softmax.
-        is_late: whether logits are not computed before.
-    """
-    tokens = operation.inputs[0].shape[:-1]
-    losses = [use.outputs[0] for use in operation.outputs[0].uses if "nll_loss" in use.name]
+def _at_once(tokens: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """For which tokens a fused loss has logits at once, in a pass with gradients."""
     count = prod(tokens)
     step = tokens_per_chunk(count)
-    if not is_late or step >= count or any(loss.shape for loss in losses):
-        return [tokens]
-    return [(min(step, count - begin),) for begin in range(0, count, step)]
+    return [tokens] if step >= count else [(min(step, count - at),) for at in range(0, count, step)]
 
 
 _Kind = tuple[str, Direction, str, str, tuple[int, ...], int, tuple[int, ...], bool]
@@ -112,20 +103,21 @@ class _Predictor:
         Of every token the largest logit, and two sums: of exponentials, and the logit of its label. Besides,
         gradients of what all ids are added to or multiplied with on their way.
         """
-        way, is_late = {logits.index}, True
+        way, loss = {logits.index}, self._borders.loss
         for operation in self._selection.trace.operations:
             if not way & {value.index for value in operation.inputs}:
                 continue
             if operation.name in _LOSSES:
-                for tokens in _at_once(operation, is_late):
+                together = list(operation.inputs[0].shape)
+                del together[int(operation.arguments[1])]  # the classes
+                is_fused = loss is not None and loss.fused
+                for tokens in _at_once(tuple(together)) if is_fused else [tuple(together)]:
                     for what, shape in (("max", tokens), ("sum", (*tokens, 2))):
                         label = f"loss of {module.path} {what}"
                         self._add_one(label, shape, operation.inputs[0].dtype, operation.index)
                 continue
             way.update(value.index for value in operation.outputs)
             others = [value for value in operation.inputs if value.index not in way]
-            # all logits are computed where numbers other than plain ones meet them; not to select tokens
-            is_late &= not others or operation.name in ("aten.index", "aten.index_select")
             for value in others if self._flow.through(operation) else ():
                 per_id = bool(value.shape) and value.shape[-1] == logits.shape[-1]
                 if self._flow.reaches(value):

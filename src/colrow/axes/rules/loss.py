@@ -21,7 +21,7 @@ def log_softmax(op: RuleContext) -> None:
     dimension = positive(op.argument("dim"), len(dimensions))
     if dimensions:
         uses = op.outputs[0].uses
-        if uses and all(_is_loss(use, dimension - len(dimensions)) for use in uses):
+        if uses and all(_is_loss(use, dimension) for use in uses):
             op.classes(dimensions[dimension])
         else:
             op.block(dimensions[dimension], "log_softmax over it")
@@ -31,7 +31,8 @@ def log_softmax(op: RuleContext) -> None:
 def _is_loss(use: Operation, dimension: int) -> bool:
     """Whether ``use`` is a negative log-likelihood, or the sum over classes of label smoothing.
 
-    Or a view with the same last dimension, or a copy, of which all uses are so. ``dimension`` is negative.
+    Or a copy, or a view that leaves the classes and all before or all after them, of which all uses are so.
+    ``dimension`` is that of the classes.
     """
     if use.name in _LOSSES:
         return True
@@ -40,10 +41,16 @@ def _is_loss(use: Operation, dimension: int) -> bool:
     shape, result = use.inputs[0].shape, use.outputs[0].shape
     if use.name == "aten.sum":
         summed = use.arguments[1] if len(use.arguments) > 1 else None
-        return [positive(given, len(shape)) for given in summed or []] == [len(shape) + dimension]
-    copied = use.name in _COPIES and (dimension == -1 or shape == result)
+        return [positive(given, len(shape)) for given in summed or []] == [dimension]
     uses = use.outputs[0].uses
-    return copied and shape[-1:] == result[-1:] and bool(uses) and all(_is_loss(u, dimension) for u in uses)
+    if use.name not in _COPIES or not uses:
+        return False
+    after = dimension
+    if shape[: dimension + 1] != result[: dimension + 1]:
+        after = len(result) - (len(shape) - dimension)
+        if after < 0 or shape[dimension:] != result[after:]:
+            return False
+    return all(_is_loss(one, after) for one in uses)
 
 
 @rule("aten.nll_loss_forward", "aten.nll_loss2d_forward")
