@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.fx import symbolic_trace
@@ -33,7 +34,7 @@ WIDTH = 12
 
 
 class Pair(nn.Module):
-    """Two layers read its input, and its output is the sum of two that give partial sums."""
+    """A layer and a product read its input, and its output is the sum of two that give partial sums."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,7 +42,8 @@ class Pair(nn.Module):
         self.down, self.side = nn.Linear(25, WIDTH), nn.Linear(25, WIDTH)
 
     def forward(self, x: Tensor, scale: float = 2.0) -> Tensor:
-        hidden = torch.tanh(self.up(x)) * self.gate(x)
+        # a product outside of its layer: the input is entered at the border of this module
+        hidden = torch.tanh(F.linear(x, self.up.weight, self.up.bias)) * self.gate(x)
         result: Tensor = self.down(hidden) + scale * self.side(hidden)
         return result
 

@@ -10,10 +10,13 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+import colrow
 from colrow.collectives import communicator
-from colrow.layers import SharedEntry, column_parallel, linear_functions, products, row_parallel
+from colrow.layers import SharedEntry, column_parallel, linear, linear_functions, products, row_parallel
 from colrow.layers.linear import ColumnParallel, RowParallel
 from colrow.layers.products import Products, agreed_products, choose_products
+from colrow.state import state_of
+from tests.benchmarks.builders import load
 from tests.pool import Pool, worker_mesh
 
 FAULT = products._fault()
@@ -147,3 +150,38 @@ def _agreed() -> list[int | None]:
 
 def test_all_ranks_do_as_the_first(ranks: Callable[[int], Pool]) -> None:
     assert ranks(2).run(_agreed) == [[7, None, 5], [7, None, 5]]
+
+
+def _model(name: str) -> tuple[float, set[str]]:
+    """A model whose plan has linear layers of all kinds: the largest error of a gradient, and the classes."""
+    mesh = worker_mesh(2)
+    agreed = linear.agreed_products
+    linear.agreed_products = lambda ranks: Products(1)
+    try:
+        whole, inputs = load("listed").build(name)
+        model = copy.deepcopy(whole).float()
+        colrow.parallelize(model, mesh, inputs)
+        for one in (whole.double(), model):
+            one.train()
+            one(**inputs).loss.backward()
+        layouts, rank = state_of(model).layouts, state_of(model).communicator.rank
+        errors = []
+        for (path, mine), theirs in zip(model.named_parameters(), whole.parameters(), strict=True):
+            assert mine.grad is not None
+            assert theirs.grad is not None
+            expected = layouts[path].slice(theirs.grad, rank)
+            errors.append(float((mine.grad.double() - expected).norm() / (expected.norm() + 1e-6)))
+        classes = {type(one).__name__ for one in model.modules() if isinstance(one, nn.Linear)}
+        colrow.unshard(model)
+        assert all(type(one) is nn.Linear for one in model.modules() if isinstance(one, nn.Linear))
+        return max(errors), classes
+    finally:
+        linear.agreed_products = agreed
+
+
+@needs_onednn
+def test_layers_whose_collectives_are_elsewhere_multiply_alike(ranks: Callable[[int], Pool]) -> None:
+    """In a parallel block the values of two layers are entered, and left, together."""
+    for error, classes in ranks(2).run(_model, "gpt-neox:labels"):
+        assert error < 1e-4
+        assert classes == {"LocalLinear", "ColumnParallelLinear"}

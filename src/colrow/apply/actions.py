@@ -121,11 +121,16 @@ class Applier:
         if plan.loss is not None:
             self._loss(gather_logits)
         keep_off_fast_path(self._model, plan)
-        multiply_faster(self._model, self._ranks)
+        multiply_faster(self._model, self._ranks, self._cut_modules())
         self._undo.seal(self._model)
         return self._undo
 
     # ---------------------------------------------------------------- parameters
+
+    def _cut_modules(self) -> list[nn.Module]:
+        """The modules that hold parts of a parameter named ``weight``."""
+        paths = [name.rpartition(".") for name in self._plan.parameters]
+        return [self._model.get_submodule(path) for path, _, leaf in paths if leaf == "weight"]
 
     def _shard(self) -> None:
         """Cut what no layer has cut: the model's own code reads it as it is."""
@@ -177,7 +182,8 @@ class Applier:
             label = f"enter {', '.join(dict.fromkeys(entry.modules))}"
             if len(linears) == len(entry.places):
                 if len(linears) > 1:
-                    shared[entry] = SharedEntry(self._ranks, label, len(linears))
+                    one = shared[entry] = SharedEntry(self._ranks, label, len(linears))
+                    self._modules.at(self._called(common_module(linears))).afterwards(one.forget)
                 for path in linears:
                     column_parallel(
                         self._model.get_submodule(path),
@@ -208,6 +214,12 @@ class Applier:
         else:
             holder = self._model.get_submodule(common)
             holder.register_forward_hook(Forgetting(entry), always_call=True)
+
+    def _called(self, path: str) -> str:
+        """The path of the innermost module that holds the one at ``path`` and is called."""
+        while path and isinstance(self._model.get_submodule(path), nn.ModuleList | nn.ModuleDict):
+            path = path.rpartition(".")[0]
+        return path
 
     def _column(self, place: Place) -> str | None:
         """The path of a linear layer whose input it is and whose output features are cut."""

@@ -9,7 +9,7 @@ Written once for ``nn.Linear``, whose weight is ``[out, in]``, and transformers'
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import cache
 from typing import Literal, cast
 
@@ -93,6 +93,7 @@ class ColumnParallel(_ParallelLinear):
     gather_output: bool
     instead: Callable[[ColumnParallel, Tensor], Tensor | None] | None = None
     """Gives a result in place of the product's, or ``None``; of the input as it has been entered."""
+    _number: int | None = None
 
     def _become_column(
         self,
@@ -108,6 +109,7 @@ class ColumnParallel(_ParallelLinear):
             raise ValueError("the shards of a packed layout are not consecutive: they cannot be gathered")
         self._take_shard(group, label, layout, cut, output=True)
         self.entry, self.reads, self.gather_output = entry, reads, gather_output
+        self._number = None if entry is None else entry.join(self)
 
     @property
     def is_entered(self) -> bool:
@@ -126,21 +128,24 @@ class ColumnParallel(_ParallelLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` [..., in features], I (or R) -> [..., this rank's out features], V, or all of them, I."""
-        if self.entry is not None:
-            x = self.entry(x)
+        entry, y = self.entry, None
         if self.instead is not None and not torch.compiler.is_compiling():
+            x, entry = x if entry is None else entry(x), None
             found = self.instead(self, x)
             if found is not None:
                 return found
-        y = column_linear(
-            x,
-            *self.operands,
-            self.communicator,
-            f"enter {self.label}",
-            self._out_first,
-            self.products,
-            self.is_entered,
-        )
+        if entry is not None and self._number is not None:
+            y = entry.product(self._number, x)
+        if y is None:
+            y = column_linear(
+                x if entry is None else entry(x),
+                *self.operands,
+                self.communicator,
+                f"enter {self.label}",
+                self._out_first,
+                self.products,
+                self.is_entered,
+            )
         if self.region is not None:
             self.region.enter(y.device, self._region_name)
         if self.gather_output:
@@ -266,13 +271,11 @@ class RowParallelLinear(RowParallel, nn.Linear):
 
 
 @cache
-def _conv1d_class(base: type[nn.Module], role: type[_ParallelLinear]) -> type[nn.Module]:
+def _conv1d_class(base: type[nn.Module], role: type[nn.Module]) -> type[nn.Module]:
     return type(role.__name__ + base.__name__, (role, base), {"__module__": __name__})
 
 
-def _change_class(
-    module: nn.Module, role: type[_ParallelLinear], linear: type[nn.Module], label: str
-) -> None:
+def _change_class(module: nn.Module, role: type[nn.Module], linear: type[nn.Module], label: str) -> None:
     if not is_linear(module):
         raise PlanError(
             label,
@@ -329,14 +332,39 @@ def row_parallel(
     return module
 
 
-def multiply_faster(model: nn.Module, ranks: Communicator) -> None:
+class Local(nn.Module):
+    """A linear layer that holds a part of its weight; the collectives that it needs are elsewhere."""
+
+    products: Products
+    _out_first: bool
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` [..., in] -> [..., out]."""
+        weight, bias = cast(Tensor, self.weight), cast("Tensor | None", self.bias)
+        return local_linear(x, weight, bias, self._out_first, self.products)
+
+
+class LocalLinear(Local, nn.Linear):
+    """:class:`Local`, for ``nn.Linear``."""
+
+
+def multiply_faster(model: nn.Module, ranks: Communicator, cut: Collection[nn.Module] = ()) -> None:
     """Let the cut layers of ``model`` multiply by the faster library, where there are two.
 
     Every rank of the group calls this. See :mod:`colrow.layers.products`.
+
+    Args:
+        model: holds the layers.
+        ranks: the group.
+        cut: modules that hold a part of their weight; plain linear layers among them become :class:`Local`.
     """
     layers = [module for module in model.modules() if isinstance(module, ColumnParallel | RowParallel)]
-    weights = [module.operands[0] for module in layers]
-    if any(weight.dtype == torch.float32 and weight.device.type == "cpu" for weight in weights):
+    plain = [module for module in cut if is_linear(module)]
+    weights = [module._parameters["weight"] for module in [*layers, *plain]]
+    if any(one is not None and one.dtype == torch.float32 and one.device.type == "cpu" for one in weights):
         products = agreed_products(ranks)
         for layer in layers:
             layer.products = products
+        for module in plain if products.onednn_from is not None else []:
+            _change_class(module, Local, LocalLinear, "")
+            module._out_first, module.products = isinstance(module, nn.Linear), products  # type: ignore[assignment]

@@ -90,6 +90,16 @@ def gradient_of_input(gradient: Tensor, weight: Tensor, out_first: bool, product
     return gradient @ (weight if out_first else weight.t())
 
 
+def add_gradient_of_input(
+    total: Tensor, gradient: Tensor, weight: Tensor, out_first: bool, products: Products
+) -> None:
+    """:func:`gradient_of_input`, added to ``total`` in place; matrices of one dtype, no autograd."""
+    if _goes_to_onednn(products, gradient, weight):
+        total.add_(onednn(gradient, weight.t() if out_first else weight))
+    else:
+        torch.addmm(total, gradient, weight if out_first else weight.t(), out=total)
+
+
 def as_rows(x: Tensor) -> Tensor:
     """[..., features] as a matrix; -1 would be ambiguous where a rank holds no features."""
     return x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
@@ -169,7 +179,8 @@ class _LocalLinear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, out_first: bool, products: Products
     ) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        # as torch's own: what frozen weights are multiplied with is not kept
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
         ctx.out_first, ctx.products = out_first, products
         return _no_view(product(x, weight, bias, out_first, products))
 
@@ -199,7 +210,7 @@ class ColumnLinear(torch.autograd.Function):
         out_first: bool,
         products: Products,
     ) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
         ctx.ranks, ctx.label, ctx.out_first, ctx.products = ranks, label, out_first, products
         return _no_view(product(x, weight, bias, out_first, products))
 
@@ -238,7 +249,7 @@ class RowLinear(torch.autograd.Function):
         out_first: bool,
         products: Products,
     ) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
         ctx.ranks, ctx.label, ctx.out_first, ctx.products = ranks, label, out_first, products
         partial = product(x, weight, None, out_first, products)
         result = ranks.start_all_reduce(partial, label=label, owned=True).wait()

@@ -13,6 +13,7 @@ from colrow.modules import embedding_fault, is_linear
 from colrow.plan.borders import Borders
 from colrow.plan.exits import Reductions, paths_of
 from colrow.plan.gradients import Summation
+from colrow.plan.layer_inputs import layer_inputs
 from colrow.plan.places import CallResult, ModuleOutput, Place
 from colrow.plan.plan import (
     Entry,
@@ -174,11 +175,14 @@ class _Lowering:
         found: dict[tuple[object, ...], list[Where]] = defaultdict(list)
         values: dict[tuple[object, ...], set[int]] = defaultdict(set)
         together: list[set[tuple[object, ...]]] = []
+        layers = layer_inputs(self._model, self._selection, self._sites, self._summations)
         for one in self._summations:
             if one.value.source.kind == "parameter":
                 continue
-            with _reaching({one.value.index}):
-                acting = self._sites.readers(one.value, one.operations, one.everywhere, impossible)
+            acting = layers.get(one.value.index, [])
+            if not acting:
+                with _reaching({one.value.index}):
+                    acting = self._sites.readers(one.value, one.operations, one.everywhere, impossible)
             for where in acting:
                 found[where.key].append(where)
                 values[where.key].add(one.value.index)

@@ -140,7 +140,7 @@ class Sites:
         """
         first = acting[0]
         if first.call is None:
-            missing = set(map(id, self._like(first))) - {id(one.module) for one in acting}
+            missing = set(map(id, self.like(first))) - {id(one.module) for one in acting}
             if missing:
                 raise self._selection.cannot(
                     f"calls of {first.module.path or 'the model'} differ in what would have to be done",
@@ -181,7 +181,7 @@ class Sites:
             for occurrence in sorted(occurrences)
         ]
 
-    def _like(self, where: Where) -> list[ModuleCall]:
+    def like(self, where: Where) -> list[ModuleCall]:
         """All calls of a module in which a gradient, or a value, passes the same place."""
         found = []
         for module in self._modules[where.module.path]:
