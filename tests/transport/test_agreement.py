@@ -34,7 +34,7 @@ def _agree(monkeypatch: pytest.MonkeyPatch, *members: Member) -> str:
         return [asdict(member) for member in members]
 
     monkeypatch.setattr(agreement, "CREATORS", ())
-    result = agree(exchange, 0, len(members), range(4, 4 + len(members)))
+    result = agree(exchange, 0, range(4, 4 + len(members)))
     assert result.arena is None
     return result.reason
 
@@ -43,7 +43,7 @@ def _agree(monkeypatch: pytest.MonkeyPatch, *members: Member) -> str:
     ("second", "reason"),
     [
         (replace(MEMBER, lacks="no extension"), "on rank 5 no extension"),
-        (replace(MEMBER, boot="b"), "its ranks are on several hosts"),
+        (replace(MEMBER, boot="b"), "its 2 ranks are on 2 hosts, where it is not faster"),
         (MEMBER, "memory cannot be shared: "),
     ],
 )
@@ -68,7 +68,7 @@ def test_wishes(monkeypatch: pytest.MonkeyPatch) -> None:
         _agree(monkeypatch, asked, replace(asked, lacks="no extension"))
     with pytest.raises(ValueError, match="COLROW_TRANSPORT=shm, but memory cannot be shared"):
         _agree(monkeypatch, asked, asked)
-    assert "several hosts" in _agree(monkeypatch, asked, replace(asked, boot="b"))
+    assert "are on 2 hosts" in _agree(monkeypatch, asked, replace(asked, boot="b"))
     with pytest.raises(ValueError, match=r"not the same on all ranks \(4: shm, 5: auto\)"):
         _agree(monkeypatch, asked, MEMBER)
     for value, expected in (("", "auto"), ("gloo", "gloo"), ("shm", "shm")):

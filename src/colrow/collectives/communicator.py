@@ -25,7 +25,7 @@ from colrow.collectives.pending import Pending, Step, Work
 from colrow.collectives.shapes import check_dimension, exchanged_shapes, gathered_sizes, scattered_sizes
 from colrow.collectives.statistics import Call, CommStats, current_phase
 from colrow.collectives.subgroups import check_members, make_subgroup
-from colrow.transport import SharedGroup, share_memory
+from colrow.transport import Memory, share_memory
 
 Group: TypeAlias = "Communicator | dist.ProcessGroup | DeviceMesh"
 """What the public functions accept as a group of ranks: a mesh means its only dimension, or ``tp``."""
@@ -52,7 +52,7 @@ class Communicator:
     # as of a group that is not there: what plays one has no process group
     _may_share = False
     _sums_in_half = True
-    _shared: SharedGroup | None = None
+    _shared: Memory | None = None
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
@@ -102,7 +102,7 @@ class Communicator:
         self.statistics.add_seconds(call, time.perf_counter() - begin)
         return Pending(call, self.global_ranks, self.statistics, work, finish)
 
-    def _shares(self, tensor: Tensor, operation: str, label: str) -> SharedGroup | None:
+    def _shares(self, tensor: Tensor, operation: str, label: str) -> Memory | None:
         """The ranks' shared memory, if it takes such tensors."""
         if not (self._may_share and tensor.is_cpu):
             return None
@@ -112,7 +112,7 @@ class Communicator:
 
     def _join(self, operation: str, label: str) -> None:
         """Agree with the other ranks on shared memory; a failure is that of the group's first collective."""
-        found: list[SharedGroup | None] = []
+        found: list[Memory | None] = []
         step = Step(Call(operation, label, current_phase(), 0), self.global_ranks)
         step.wait(lambda: found.append(share_memory(self.group)))
         self._shared = found[0]
@@ -123,7 +123,7 @@ class Communicator:
         operation: str,
         label: str,
         tensor: Tensor,
-        in_memory: Callable[[SharedGroup], shared.Plan],
+        in_memory: Callable[[Memory], shared.Plan],
         by_torch: Callable[[], through_torch.Begun],
         *,
         reduction: str = "",
@@ -271,7 +271,7 @@ class Communicator:
             start, received = through_torch.all_to_all(self, source, given, taken)
             return start, lambda: finish(received())
 
-        def in_memory(memory: SharedGroup) -> shared.Plan:
+        def in_memory(memory: Memory) -> shared.Plan:
             run, received = shared.all_to_all(memory, source, given, taken)
             return run, lambda: finish(received())
 

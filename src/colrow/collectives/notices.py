@@ -74,7 +74,7 @@ class NoticeBoard:
 
     def register(self) -> None:
         """Tell the other ranks which process this is; withdraw what it left in an earlier process group."""
-        for kind in ("failed", "raised", "left"):
+        for kind in ("failed", "raised", "left", "ended"):
             self._store.delete_key(f"{kind}/{self.rank}")
         self._store.set(f"member/{self.rank}", json.dumps(identify(os.getpid())))
 
@@ -115,21 +115,30 @@ class NoticeBoard:
 
     def evidence(self, rank: int, alarm: int) -> Evidence:
         """What is known about ``rank`` since this alarm."""
+        member = self._text(f"member/{rank}")
+        identity = json.loads(member) if member else {}
+        # before its notices are read: one that has ended by now leaves no more of them
+        has_ended = bool(identity) and self._has_ended(rank, identity)
         raised, failed = self._text(f"raised/{rank}"), self._text(f"failed/{rank}")
-        left = bool(self._text(f"left/{rank}"))
-        answer, member = self._text(f"answer/{rank}"), self._text(f"member/{rank}")
+        left, answer = bool(self._text(f"left/{rank}")), self._text(f"answer/{rank}")
         position = _position(json.loads(failed)) if failed else None
         if position is None and answer:
             answered, where = json.loads(answer)
             position = _position(where) if answered >= alarm else None
-        identity = json.loads(member) if member else {}
         return Evidence(
             raised=raised,
             left=left,
             position=position,
-            died=not failed and bool(identity) and has_died(identity),
+            died=not failed and has_ended,
             process=f"process {identity['pid']} on {identity['host']}" if identity else "which never joined",
         )
+
+    def _has_ended(self, rank: int, identity: dict[str, object]) -> bool:
+        """Whether its process has ended: as seen from here, or by a rank of its host."""
+        if has_died(identity):
+            self._store.set(f"ended/{rank}", "ended")
+            return True
+        return bool(self._text(f"ended/{rank}"))
 
     def has_heard(self, ranks: Iterable[int], alarm: int) -> bool:
         """Whether each of these ranks has answered, failed or died since this alarm."""

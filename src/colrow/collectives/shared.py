@@ -12,7 +12,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from colrow.transport import SharedGroup
+from colrow.transport import Memory
 from colrow.transport.c10d import plain
 
 Plan: TypeAlias = tuple[Callable[[], None], Callable[[], Tensor]]
@@ -29,14 +29,14 @@ class Blocking:
         self._run()
 
 
-def all_reduce(memory: SharedGroup, tensor: Tensor, reduction: str, owned: bool) -> Plan:
+def all_reduce(memory: Memory, tensor: Tensor, reduction: str, owned: bool) -> Plan:
     """See :meth:`Communicator.start_all_reduce`."""
     source = plain(tensor)
     result = source if owned or source is not tensor else torch.empty_like(source)
     return lambda: memory.all_reduce(source, result, reduction), lambda: result
 
 
-def all_gather(memory: SharedGroup, shard: Tensor, dimension: int, sizes: Sequence[int]) -> Plan:
+def all_gather(memory: Memory, shard: Tensor, dimension: int, sizes: Sequence[int]) -> Plan:
     """See :meth:`Communicator.start_all_gather`."""
     source = plain(shard)
     shapes = [[*shard.shape[:dimension], size, *shard.shape[dimension + 1 :]] for size in sizes]
@@ -53,7 +53,7 @@ def all_gather(memory: SharedGroup, shard: Tensor, dimension: int, sizes: Sequen
     return lambda: memory.all_gather(source, result, None if is_equal else counts), finish
 
 
-def reduce_scatter(memory: SharedGroup, tensor: Tensor, dimension: int, sizes: Sequence[int]) -> Plan:
+def reduce_scatter(memory: Memory, tensor: Tensor, dimension: int, sizes: Sequence[int]) -> Plan:
     """See :meth:`Communicator.start_reduce_scatter`."""
     if dimension == 0:
         source = plain(tensor)
@@ -67,13 +67,13 @@ def reduce_scatter(memory: SharedGroup, tensor: Tensor, dimension: int, sizes: S
     return lambda: memory.reduce_scatter(source, result, counts), lambda: result
 
 
-def all_to_all(memory: SharedGroup, source: Tensor, given: Sequence[int], taken: Sequence[int]) -> Plan:
+def all_to_all(memory: Memory, source: Tensor, given: Sequence[int], taken: Sequence[int]) -> Plan:
     """Elements ``given`` to each rank, one after the other in ``source``, and ``taken`` from each alike."""
     received = source.new_empty(sum(taken))
     return lambda: memory.all_to_all(source, received, given, taken), lambda: received
 
 
-def broadcast(memory: SharedGroup, tensor: Tensor, source: int, owned: bool) -> Plan:
+def broadcast(memory: Memory, tensor: Tensor, source: int, owned: bool) -> Plan:
     """See :meth:`Communicator.start_broadcast`."""
     if owned and tensor.is_contiguous():
         buffer = tensor
@@ -85,7 +85,7 @@ def broadcast(memory: SharedGroup, tensor: Tensor, source: int, owned: bool) -> 
     return lambda: memory.broadcast(buffer, source), lambda: buffer
 
 
-def reduce(memory: SharedGroup, tensor: Tensor, destination: int) -> Plan:
+def reduce(memory: Memory, tensor: Tensor, destination: int) -> Plan:
     """See :meth:`Communicator.start_reduce`."""
     source = plain(tensor)
     result = torch.empty_like(source) if memory.rank == destination else source.new_empty(0)

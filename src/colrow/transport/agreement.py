@@ -20,6 +20,8 @@ from colrow.transport.processors import Waiting, choose_waiting, own_processors,
 VARIABLE = "COLROW_TRANSPORT"
 WISHES = ("auto", "shm", "gloo")
 MAX_RANKS = 64
+LEAST_RANKS_PER_HOST = 2
+"""On average: with fewer, gloo among all is as fast as in steps within and between hosts."""
 NATIVE_VERSION = 1
 """Of the C extension's interface: to be raised there and here when that changes."""
 
@@ -75,15 +77,19 @@ def what_is_lacking() -> str:
     return ""
 
 
+def own_host() -> str:
+    """What tells the running kernel from all others; empty if it does not say."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
 def introduce() -> Member:
     """What this process tells the others."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        boot = ""
     quota = processor_quota()
     return Member(
-        boot=boot,
+        boot=own_host(),
         lacks=what_is_lacking(),
         wish=wish(),
         processors=f"{own_processors():x}",
@@ -98,23 +104,24 @@ class Agreement:
     """What the ranks of a group have decided.
 
     Attributes:
-        arena: open on this rank; ``None`` if the group does not share memory.
-        waiting: how its ranks wait.
-        reason: why, in words.
+        arena: open on this rank; ``None`` if it is alone on its host, or the group does not share memory.
+        waiting: how the ranks of this host wait.
+        reason: why the group does not share memory, in words; empty if it does.
+        hosts: ranks of the group on each host, in the order of their first ones.
     """
 
     arena: Arena | None
     waiting: Waiting
     reason: str
+    hosts: tuple[tuple[int, ...], ...]
 
 
-def agree(exchange: Exchange, rank: int, ranks: int, global_ranks: Sequence[int]) -> Agreement:
-    """Decide whether the ranks of a group share memory; if so, this rank has it open afterwards.
+def agree(exchange: Exchange, rank: int, global_ranks: Sequence[int]) -> Agreement:
+    """Decide whether the ranks of a group share memory, on each host that it is on those of the host.
 
     Args:
         exchange: collective among the ranks.
         rank: this process's rank in the group.
-        ranks: size of the group.
         global_ranks: the members' job-wide ranks, for messages.
 
     Raises:
@@ -123,23 +130,33 @@ def agree(exchange: Exchange, rank: int, ranks: int, global_ranks: Sequence[int]
         RuntimeError: whatever ``exchange`` raises.
     """
     members = [Member(**record) for record in exchange(asdict(introduce()))]
-    reason = _obstacle(members, global_ranks)
-    waiting = _waiting(members)
+    hosts = _hosts(members)
+    own = next(host for host in hosts if rank in host)
+    waiting = _waiting([members[one] for one in own])
+    reason = _obstacle(members, hosts, global_ranks)
     if reason:
-        return Agreement(None, waiting, reason)
+        return Agreement(None, waiting, reason, hosts)
+    is_alone = len(own) == 1 and len(hosts) > 1
     problems = []
     for create in CREATORS:
-        arena, problem = _try(create, exchange, rank, ranks)
-        if arena is not None:
-            return Agreement(arena, waiting, "")
+        arena, problem = _try(create if rank == own[0] and not is_alone else None, exchange, rank, own)
+        if not problem:
+            return Agreement(arena, waiting, "", hosts)
         problems.append(problem)
     reason = f"memory cannot be shared: {'; '.join(problems)}"
-    if members[0].wish == "shm":
+    if members[0].wish == "shm" and len(hosts) == 1:
         raise ValueError(f"{VARIABLE}=shm, but {reason}")
-    return Agreement(None, waiting, reason)
+    return Agreement(None, waiting, reason, hosts)
 
 
-def _obstacle(members: Sequence[Member], global_ranks: Sequence[int]) -> str:
+def _hosts(members: Sequence[Member]) -> tuple[tuple[int, ...], ...]:
+    ranks: dict[str, list[int]] = {}
+    for rank, member in enumerate(members):
+        ranks.setdefault(member.boot, []).append(rank)
+    return tuple(tuple(host) for host in ranks.values())
+
+
+def _obstacle(members: Sequence[Member], hosts: Sequence[Sequence[int]], global_ranks: Sequence[int]) -> str:
     """Why the group cannot or should not share memory, as far as is known without trying."""
     wishes = {member.wish for member in members}
     if len(wishes) > 1:
@@ -147,20 +164,20 @@ def _obstacle(members: Sequence[Member], global_ranks: Sequence[int]) -> str:
         raise ValueError(f"{VARIABLE} is not the same on all ranks ({told})")
     if wishes == {"gloo"}:
         return f"{VARIABLE}=gloo"
-    if len({member.boot for member in members}) > 1:
-        return (
-            "its ranks are on several hosts"  # also where shared memory was asked for: it serves the others
-        )
+    if len(hosts) > 1 and len(members) < LEAST_RANKS_PER_HOST * len(hosts):
+        return f"its {len(members)} ranks are on {len(hosts)} hosts, where it is not faster"
+    most = max(len(host) for host in hosts)
     obstacle = ""
     lacking = [(rank, member.lacks) for rank, member in enumerate(members) if member.lacks]
     if lacking:
         rank, lacks = lacking[0]
         obstacle = lacks if len(lacking) == len(members) else f"on rank {global_ranks[rank]} {lacks}"
-    elif len(members) > MAX_RANKS:
-        obstacle = f"it serves at most {MAX_RANKS} ranks of one host, not {len(members)}"
-    elif not members[0].boot:
+    elif most > MAX_RANKS:
+        obstacle = f"it serves at most {MAX_RANKS} ranks of one host, not {most}"
+    elif not all(member.boot for member in members):
         obstacle = "it cannot be told whether the ranks are on one host"
-    if obstacle and wishes == {"shm"}:
+    # between hosts gloo is part of the answer anyway
+    if obstacle and wishes == {"shm"} and len(hosts) == 1:
         raise ValueError(f"{VARIABLE}=shm, but {obstacle}")
     return obstacle
 
@@ -175,23 +192,24 @@ def _waiting(members: Sequence[Member]) -> Waiting:
 
 
 def _try(
-    create: Callable[[int], Arena], exchange: Exchange, rank: int, ranks: int
+    create: Callable[[int], Arena] | None, exchange: Exchange, rank: int, host: Sequence[int]
 ) -> tuple[Arena | None, str]:
-    """One way to share memory: the first rank creates it, the others open it; all or none succeed."""
+    """One way to share memory: a host's first rank creates it, the others open it; all or none succeed."""
     arena, problem = None, ""
-    if rank == 0:
+    if create is not None:
         try:
-            arena = create(ranks)
+            arena = create(len(host))
         except OSError as error:
             problem = str(error)
-    offer = exchange({"path": arena.path if arena else "", "chunk": arena.chunk if arena else 0})[0]
-    if rank > 0 and offer["path"]:
+    offers = exchange({"path": arena.path if arena else "", "chunk": arena.chunk if arena else 0})
+    offer = offers[host[0]]
+    if rank != host[0] and offer["path"]:
         try:
-            arena = open_arena(offer["path"], offer["chunk"], rank, ranks)
+            arena = open_arena(offer["path"], offer["chunk"], host.index(rank), len(host))
         except OSError as error:
             problem = str(error)
     problems = [answer["problem"] for answer in exchange({"problem": problem[:200]})]
-    if arena is not None and arena.has_name and rank == 0:
+    if arena is not None and arena.has_name and create is not None:
         os.unlink(arena.path)
     failed = next((one for one in problems if one), "")
     if failed and arena is not None:

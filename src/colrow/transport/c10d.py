@@ -1,7 +1,7 @@
 """Shared memory as a backend of ``torch.distributed``.
 
 ``dist.init_process_group("shm")`` after ``import colrow`` makes a process group for CPU tensors whose
-collectives go through shared memory wherever all ranks of the group can share it, and through gloo otherwise.
+collectives go through shared memory wherever the ranks of each host can share it, and through gloo otherwise.
 What only gloo has (sending and receiving, sparse tensors, gathering to one rank) goes to gloo always.
 :func:`colrow.init_mesh` joins with it.
 """
@@ -19,8 +19,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import AllgatherOptions, Store
 from torch.distributed import ProcessGroup, ProcessGroupGloo
 
-from colrow.transport.group import SharedGroup
-from colrow.transport.rendezvous import join
+from colrow.transport.rendezvous import Memory, join
 from colrow.transport.work import Completed, Waiting
 
 BACKEND = "shm"
@@ -38,10 +37,10 @@ _REDUCTIONS: dict[Any, str] = {
 
 
 # groups that others made, of gloo alone, whose ranks share memory for colrow's own collectives
-_beside_gloo: WeakKeyDictionary[ProcessGroup, SharedGroup | None] = WeakKeyDictionary()
+_beside_gloo: WeakKeyDictionary[ProcessGroup, Memory | None] = WeakKeyDictionary()
 
 
-def share_memory(group: ProcessGroup) -> SharedGroup | None:
+def share_memory(group: ProcessGroup) -> Memory | None:
     """Share memory with the other ranks of a process group for CPU tensors, if all of them can.
 
     Collective when called for the first time. On groups of the gloo backend too, whose own collectives stay
@@ -55,7 +54,8 @@ def share_memory(group: ProcessGroup) -> SharedGroup | None:
         return group.shared_memory()
     if group not in _beside_gloo:
         gloo = group._get_backend(torch.device("cpu"))
-        _beside_gloo[group] = join(gloo, dist.get_rank(group), dist.get_process_group_ranks(group))
+        _, store = dist.distributed_c10d._world.pg_map[group]
+        _beside_gloo[group] = join(gloo, store, dist.get_rank(group), dist.get_process_group_ranks(group))
     return _beside_gloo[group]
 
 
@@ -106,8 +106,9 @@ class SharedMemoryProcessGroup(ProcessGroup):
         self._gloo: Any = gloo  # torch's hints do not know its methods
         self._own_rank, self._own_size = rank, size
         self._own_name = name
+        self._own_store = store
         self._global_ranks = global_ranks
-        self._shared: SharedGroup | None = None
+        self._shared: Memory | None = None
         self._has_joined = size == 1
 
     def getBackendName(self) -> str:
@@ -126,7 +127,7 @@ class SharedMemoryProcessGroup(ProcessGroup):
     def size(self) -> int:
         return self._own_size
 
-    def shared_memory(self, operation: str = "") -> SharedGroup | None:
+    def shared_memory(self, operation: str = "") -> Memory | None:
         """The group in shared memory, or ``None`` if gloo serves. Collective when called for the first time.
 
         With an ``operation``, a failure is told as that of the group's first collective.
@@ -143,7 +144,7 @@ class SharedMemoryProcessGroup(ProcessGroup):
         return self._shared
 
     def _join(self) -> None:
-        self._shared = join(self._gloo, self._own_rank, self._global_ranks)
+        self._shared = join(self._gloo, self._own_store, self._own_rank, self._global_ranks)
         self._has_joined = True
 
     def shutdown(self) -> None:
@@ -159,13 +160,13 @@ class SharedMemoryProcessGroup(ProcessGroup):
         if self._shared is not None:
             self._shared.close()
 
-    def _shares(self, operation: str, tensors: Sequence[Tensor]) -> SharedGroup | None:
+    def _shares(self, operation: str, tensors: Sequence[Tensor]) -> Memory | None:
         """Shared memory, if it can take these: decided by what is the same on all ranks."""
         if any(tensor.device.type != "cpu" or tensor.layout != torch.strided for tensor in tensors):
             return None
         return self.shared_memory(operation)
 
-    def _reduces(self, operation: str, tensors: Sequence[Tensor], how: Any) -> tuple[SharedGroup | None, str]:
+    def _reduces(self, operation: str, tensors: Sequence[Tensor], how: Any) -> tuple[Memory | None, str]:
         shared = self._shares(operation, tensors)
         reduction = _REDUCTIONS.get(how.op, "")
         if shared is None or not all(shared.can_reduce(tensor.dtype, reduction) for tensor in tensors):

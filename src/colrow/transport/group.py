@@ -222,7 +222,7 @@ class SharedGroup:
     ) -> str:
         if calls is None:
             return f"the ranks, rank {other} among them, are in different calls"
-        mine, theirs = (_describe_call(*call) for call in calls)
+        mine, theirs = (describe_call(*call) for call in calls)
         if mine == theirs:
             theirs += ", divided differently over the ranks"
         return f"rank {self.global_ranks[self.rank]} is in {mine}, rank {other} in {theirs}"
@@ -236,7 +236,8 @@ def _part_bytes(
     return tuple(count * width for count in counts)
 
 
-def _describe_call(operation: int, dtype: int, reduction: int, count: int) -> str:
+def describe_call(operation: int, dtype: int, reduction: int, count: int) -> str:
+    """A call as errors name it, from its numbers."""
     name = OPERATIONS[operation]
     if name in ("all_reduce", "reduce_scatter"):
         kind = str(list(DTYPES)[dtype]).removeprefix("torch.")

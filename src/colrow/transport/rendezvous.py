@@ -6,25 +6,33 @@ import functools
 import json
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import Store
+from torch.distributed.distributed_c10d import PrefixStore
 
-from colrow.transport.agreement import agree
+from colrow.transport.across import Across
+from colrow.transport.agreement import Agreement, agree
 from colrow.transport.group import SharedGroup
+from colrow.transport.hierarchy import HierarchicalGroup
+
+Memory: TypeAlias = SharedGroup | HierarchicalGroup
+"""What ranks of one host, or of several, have in common."""
 
 RECORD_BYTES = 2048
 """What a rank tells the others at once, as JSON padded with spaces."""
 
 
-def join(gloo: Any, rank: int, global_ranks: Sequence[int]) -> SharedGroup | None:
-    """Share memory with the other ranks of a gloo backend, if all of them can.
+def join(gloo: Any, store: Store, rank: int, global_ranks: Sequence[int]) -> Memory | None:
+    """Share memory with the other ranks of a gloo backend, those of each host among themselves, if all can.
 
     Collective; takes four small gloo collectives. The first rank of the job says on stderr what came of it.
 
     Args:
         gloo: the group's ``ProcessGroupGloo``; its timeout, whatever it is set to later, is the group's.
+        store: the group's.
         rank: this process's rank in the group.
         global_ranks: the members' job-wide ranks.
 
@@ -44,21 +52,43 @@ def join(gloo: Any, rank: int, global_ranks: Sequence[int]) -> SharedGroup | Non
         gloo.allgather([parts], [torch.frombuffer(bytearray(text), dtype=torch.uint8)]).wait()
         return [json.loads(bytes(part.tolist())) for part in parts]
 
-    agreement = agree(exchange, rank, size, global_ranks)
-    group = None
-    if agreement.arena is not None:
-        group = SharedGroup(agreement, rank, global_ranks, lambda: gloo.options._timeout.total_seconds())
+    agreement = agree(exchange, rank, global_ranks)
     if dist.is_initialized() and dist.get_rank() == 0:
-        _say(_describe(group, agreement.reason))
-    return group
+        _say(_describe(agreement))
+    return None if agreement.reason else _make(agreement, gloo, store, rank, global_ranks)
 
 
-def _describe(group: SharedGroup | None, reason: str) -> str:
-    if group is None:
-        return f"colrow: ranks communicate through gloo: {reason}"
+def _make(agreement: Agreement, gloo: Any, store: Store, rank: int, global_ranks: Sequence[int]) -> Memory:
+    def timeout() -> float:
+        seconds: float = gloo.options._timeout.total_seconds()
+        return seconds
+
+    hosts = agreement.hosts
+    host = next(number for number, ranks in enumerate(hosts) if rank in ranks)
+    neighbours = [global_ranks[one] for one in hosts[host]]
+    inside = None
+    if agreement.arena is not None:
+        inside = SharedGroup(agreement, hosts[host].index(rank), neighbours, timeout)
+    if len(hosts) == 1:
+        assert inside is not None
+        return inside
+
+    def make_across(number: int) -> Across:
+        carriers = [global_ranks[ranks[number]] for ranks in hosts]
+        return Across(PrefixStore(f"carriers {number}", store), host, carriers, timeout)
+
+    return HierarchicalGroup(inside, make_across, gloo, rank, global_ranks, hosts)
+
+
+def _describe(agreement: Agreement) -> str:
+    if agreement.reason:
+        return f"colrow: ranks communicate through gloo: {agreement.reason}"
     from colrow.transport import _native
 
-    return f"colrow: ranks communicate through shared memory: they are on one host ({_native.KERNELS} sums)"
+    sums, hosts = f"{_native.KERNELS} sums", len(agreement.hosts)
+    if hosts == 1:
+        return f"colrow: ranks communicate through shared memory: they are on one host ({sums})"
+    return f"colrow: ranks communicate through shared memory on each of {hosts} hosts, gloo between ({sums})"
 
 
 @functools.cache

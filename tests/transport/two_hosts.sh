@@ -1,0 +1,40 @@
+# Two hosts on one machine: ranks in two network namespaces, each half under a kernel identity of its own.
+#   unshare --user --map-root-user --net --mount --pid --fork --kill-child --mount-proc bash two_hosts.sh RANKS ..
+# runs PROGRAM as RANKS ranks, half on each; ends with the last status that is not 0.
+set -e
+ranks=$1
+shift
+ip link set lo up
+unshare --net sleep 600 &
+other=$!
+sleep 0.2
+ip link add first type veth peer name second
+ip link set second netns $other
+ip addr add 10.9.0.1/24 dev first
+ip link set first up
+there() { nsenter --target $other --net "$@"; }
+there ip link set lo up
+there ip addr add 10.9.0.2/24 dev second
+there ip link set second up
+kernels=$(mktemp -d)
+trap 'rm -r $kernels' EXIT
+echo first > $kernels/first
+echo second > $kernels/second
+export MASTER_ADDR=10.9.0.1 MASTER_PORT=29500 WORLD_SIZE=$ranks LOCAL_WORLD_SIZE=$((ranks / 2))
+start() {  # rank, host, command before it
+  rank=$1 host=$2
+  shift 2
+  RANK=$rank LOCAL_RANK=$((rank % (ranks / 2))) GLOO_SOCKET_IFNAME=$host "$@" &
+  started="$started $!"
+}
+with_kernel='mount --bind "$0" /proc/sys/kernel/random/boot_id; exec "$@"'
+for rank in $(seq 0 $((ranks - 1))); do
+  if [ $rank -lt $((ranks / 2)) ]; then
+    start $rank first unshare --mount bash -c "$with_kernel" $kernels/first "$@"
+  else
+    start $rank second there unshare --mount bash -c "$with_kernel" $kernels/second "$@"
+  fi
+done
+status=0
+for process in $started; do wait $process || status=$?; done
+exit $status
