@@ -35,6 +35,7 @@ class _ParallelLinear(nn.Module):
     features: DimensionLayout
     cut: Cut
     region: RegionRandomness | None
+    _reduction: str
     products: Products = Products()
     _region_name = ""
 
@@ -44,6 +45,7 @@ class _ParallelLinear(nn.Module):
         """Keep this rank's part of the output features, or of the input features, in place."""
         ranks = self.communicator = communicator(group)
         self.label, self.region = label, None
+        self._reduction = f"{'enter' if output else 'exit'} {label}"
         self._out_first = isinstance(self, nn.Linear)
         names = ("out_features", "in_features") if self._out_first else ("nf", "nx")
         axis = 0 if output else 1
@@ -119,8 +121,9 @@ class ColumnParallel(_ParallelLinear):
     @property
     def weights(self) -> ColumnWeights:
         """How the layer multiplies."""
-        label = f"enter {self.label}"
-        return ColumnWeights(self.communicator, label, self._out_first, self.products, self.is_entered)
+        return ColumnWeights(
+            self.communicator, self._reduction, self._out_first, self.products, self.is_entered
+        )
 
     def begin_region(self, region: RegionRandomness, name: str) -> None:
         """From this layer's output on, random numbers differ by rank, until the region ``name`` ends."""
@@ -141,7 +144,7 @@ class ColumnParallel(_ParallelLinear):
                 x if entry is None else entry(x),
                 *self.operands,
                 self.communicator,
-                f"enter {self.label}",
+                self._reduction,
                 self._out_first,
                 self.products,
                 self.is_entered,
@@ -182,7 +185,7 @@ class RowParallel(_ParallelLinear):
             self.region.leave(self._region_name)
         if self.reads == "I":
             x = Slice(self.communicator, f"slice {self.label}", x.dim() - 1, self.sizes, "I")(x)
-        label = f"exit {self.label}"
+        label = self._reduction
         if torch.compiler.is_compiling():
             weight, bias = self.operands
             total = AllReduce(self.communicator, label)(

@@ -67,7 +67,10 @@ def autocast(*tensors: Tensor | None) -> list[Tensor | None]:
 
 
 def _goes_to_onednn(products: Products, x: Tensor, weight: Tensor) -> bool:
-    return x.dtype == torch.float32 and products.uses_onednn(x.numel() // max(1, x.shape[-1]), weight)
+    if products.onednn_from is None or x.dtype != torch.float32:
+        return False
+    features = x.shape[-1]
+    return features > 0 and products.uses_onednn(x.numel() // features, weight)
 
 
 def product(
@@ -102,7 +105,8 @@ def add_gradient_of_input(
 
 def as_rows(x: Tensor) -> Tensor:
     """[..., features] as a matrix; -1 would be ambiguous where a rank holds no features."""
-    return x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
+    dimensions = x.dim()
+    return x if dimensions == 2 else x.flatten(0, -2) if dimensions > 1 else x.unsqueeze(0)
 
 
 def gradient_of_weight(
@@ -167,6 +171,11 @@ def column_linear(
     return result
 
 
+def entered(x: Tensor, ranks: Communicator, label: str) -> Tensor:
+    """In a backward: a value, I, that meets parts; something else only if it is differentiated in turn."""
+    return Enter(ranks, label)(x) if torch.is_grad_enabled() else x
+
+
 def _no_view(result: Tensor) -> Tensor:
     """The same memory, not as a view: what a function of autograd gives may then be written into."""
     return torch.ops.aten._unsafe_view(result, result.shape) if result._is_view() else result
@@ -227,8 +236,8 @@ class ColumnLinear(torch.autograd.Function):
                 pending = ctx.ranks.start_all_reduce(x_gradient, label=ctx.label, owned=True)
         if needs_weight:
             # here x meets each rank's own gradient: its second derivative is partial
-            entered = Enter(ctx.ranks, ctx.label)(x)
-            weight_gradient = gradient_of_weight(gradient, entered, weight, ctx.out_first, ctx.products)
+            operand = entered(x, ctx.ranks, ctx.label)
+            weight_gradient = gradient_of_weight(gradient, operand, weight, ctx.out_first, ctx.products)
         bias_gradient = as_rows(gradient).sum(0) if needs_bias else None
         if pending is not None:
             x_gradient = pending.wait()
@@ -260,11 +269,11 @@ class RowLinear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         # the gradient meets each rank's own shards: its second derivative is partial
-        entered = Enter(ctx.ranks, ctx.label)(gradient)
+        operand = entered(gradient, ctx.ranks, ctx.label)
         x_gradient = weight_gradient = None
         if needs_x:
-            x_gradient = gradient_of_input(entered, weight, ctx.out_first, ctx.products)
+            x_gradient = gradient_of_input(operand, weight, ctx.out_first, ctx.products)
         if needs_weight:
-            weight_gradient = gradient_of_weight(entered, x, weight, ctx.out_first, ctx.products)
+            weight_gradient = gradient_of_weight(operand, x, weight, ctx.out_first, ctx.products)
         bias_gradient = as_rows(gradient).sum(0) if needs_bias else None
         return x_gradient, weight_gradient, bias_gradient, None, None, None, None

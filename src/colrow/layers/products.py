@@ -51,11 +51,12 @@ class Products:
 
     def uses_onednn(self, rows: int, weight: Tensor) -> bool:
         """Whether the products of a layer with ``weight`` go to oneDNN, for an input of ``rows`` rows."""
+        least = self.onednn_from
         return (
-            self.onednn_from is not None
+            least is not None
+            and rows * weight.numel() >= (least or 1)
             and weight.dtype == torch.float32
-            and weight.device.type == "cpu"
-            and rows * weight.numel() >= max(1, self.onednn_from)
+            and weight.is_cpu
         )
 
     def __str__(self) -> str:
