@@ -177,13 +177,14 @@ class Applier:
 
     def _entries(self) -> dict[Entry, SharedEntry]:
         shared: dict[Entry, SharedEntry] = {}
+        of_layers: list[SharedEntry] = []
         for entry in self._plan.entries:
             linears = [path for place in entry.places if (path := self._column(place)) is not None]
             label = f"enter {', '.join(dict.fromkeys(entry.modules))}"
             if len(linears) == len(entry.places):
                 if len(linears) > 1:
-                    one = shared[entry] = SharedEntry(self._ranks, label, len(linears))
-                    self._modules.at(self._called(common_module(linears))).afterwards(one.forget)
+                    shared[entry] = SharedEntry(self._ranks, label, len(linears))
+                    of_layers.append(shared[entry])
                 for path in linears:
                     column_parallel(
                         self._model.get_submodule(path),
@@ -204,6 +205,8 @@ class Applier:
                 self._change(place, one)
             if calls:
                 self._forget_after(entry.modules, {place.module for place in calls}, one)
+        if of_layers:  # a layer that was not called may have left something
+            self._model.register_forward_hook(Forgetting(*of_layers), always_call=True)
         return shared
 
     def _forget_after(self, modules: Iterable[str], calling: Container[str], entry: SharedEntry) -> None:
@@ -214,12 +217,6 @@ class Applier:
         else:
             holder = self._model.get_submodule(common)
             holder.register_forward_hook(Forgetting(entry), always_call=True)
-
-    def _called(self, path: str) -> str:
-        """The path of the innermost module that holds the one at ``path`` and is called."""
-        while path and isinstance(self._model.get_submodule(path), nn.ModuleList | nn.ModuleDict):
-            path = path.rpartition(".")[0]
-        return path
 
     def _column(self, place: Place) -> str | None:
         """The path of a linear layer whose input it is and whose output features are cut."""

@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from colrow.apply.loss_late import Cast, Late, made_from
 from colrow.apply.loss_tensor import Call, LocalLogits
+from colrow.apply.nesting import leaves, mapped
 
 Rule = Callable[[Call], Any]
 """Gives the result of a call with logits that have numbers."""
@@ -24,18 +25,18 @@ def followed_part(call: Call, rule: Rule) -> Any:
     """The result of a function that gives some of the rows, or other shapes."""
     found = _late_operand(call)
     # view(dtype) gives other elements
-    if found is None or any(isinstance(one, torch.dtype) for one in tree_leaves((call.args, call.kwargs))):
+    if found is None or any(isinstance(one, torch.dtype) for one in leaves((call.args, call.kwargs))):
         return None
     operand, late = found
     # as they are now: what selects rows may be written into later
     call = _with_others(call, lambda one: one.clone())
     of_rows = _with_others(call, lambda one: _beside(one, late.rows))
-    leaves, structure = tree_flatten(
+    parts, structure = tree_flatten(
         rule(of_rows.of(LocalLogits.of(late.rows, operand.vocabulary, operand.dimension)))
     )
     width = operand.outside.shape[operand.dimension]
     results = []
-    for index, leaf in enumerate(leaves):
+    for index, leaf in enumerate(parts):
         shape = list(leaf.plain.shape)
         shape[leaf.dimension] = width
         results.append(
@@ -85,7 +86,7 @@ def followed_cast(call: Call, rule: Rule, dtype: torch.dtype | None) -> LocalLog
 def followed_change(call: Call, rule: Rule) -> LocalLogits | None:
     """The result of arithmetic with plain numbers."""
     found = _late_operand(call)
-    tensors = [one for one in tree_leaves((call.args, call.kwargs)) if isinstance(one, Tensor)]
+    tensors = [one for one in leaves((call.args, call.kwargs)) if isinstance(one, Tensor)]
     if found is None or len(tensors) > 1:
         return None
     operand, late = found
@@ -139,7 +140,7 @@ def _again(call: Call, rule: Rule, index: int) -> Callable[[Tensor], Tensor]:
 
     def again(numbers: Tensor) -> Tensor:
         with torch._C.DisableTorchFunctionSubclass():
-            results = tree_leaves(rule(call.of(LocalLogits.of(numbers, vocabulary, dimension))))
+            results = leaves(rule(call.of(LocalLogits.of(numbers, vocabulary, dimension))))
             made: LocalLogits = results[index]
             return made.plain
 
@@ -152,7 +153,7 @@ def _with_others(call: Call, change: Callable[[Tensor], Tensor]) -> Call:
     def changed(one: Any) -> Any:
         return change(one) if isinstance(one, Tensor) and not isinstance(one, LocalLogits) else one
 
-    args, kwargs = tree_map(changed, (call.args, call.kwargs))
+    args, kwargs = mapped(changed, (call.args, call.kwargs))
     return replace(call, args=args, kwargs=kwargs)
 
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from colrow.apply.loss_followed import (
     Rule,
@@ -25,6 +25,7 @@ from colrow.apply.loss_followed import (
     rows_of_loss,
 )
 from colrow.apply.loss_tensor import Call, LocalLogits
+from colrow.apply.nesting import leaves, mapped
 from colrow.collectives import Enter, Slice
 from colrow.errors import PlanError
 from colrow.layers import cross_entropy
@@ -90,7 +91,7 @@ def answer(call: Call) -> Any:
             result = follow(call, rule) if follow is not None else None
             if result is None:  # numbers are needed
                 result = rule(call)
-            return tree_map(_as_normalised, result) if normalised else result
+            return mapped(_as_normalised, result) if normalised else result
     if call.is_getter:  # device, dtype, requires_grad and the like
         value = call.run(_as_is)
         if not isinstance(value, Tensor):
@@ -192,9 +193,9 @@ def _move(call: Call) -> Any:
     if not isinstance(call.operand, LocalLogits) or len(call.logits) > 1:
         raise call.refused()
     with torch.no_grad():
-        whole = tree_leaves(call.run(_twin(call.size)))
+        whole = leaves(call.run(_twin(call.size)))
         try:
-            smaller = tree_leaves(call.run(_twin(call.size - 1)))
+            smaller = leaves(call.run(_twin(call.size - 1)))
         except Exception as error:  # whatever it is, it came with the number of ids
             raise call.cuts(None) from error
     dimensions = []
@@ -211,7 +212,7 @@ def _move(call: Call) -> Any:
 
 
 def _elementwise(call: Call) -> Any:
-    tensors = [one for one in tree_leaves((call.args, call.kwargs)) if isinstance(one, Tensor)]
+    tensors = [one for one in leaves((call.args, call.kwargs)) if isinstance(one, Tensor)]
     shapes = [_shape(one, call.size) for one in tensors]
     shape = torch.broadcast_shapes(*shapes)  # raises for the whole, on all ranks, what it would raise
     # dimensions are counted from the last, where broadcasting aligns them

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
 
+from colrow.apply.nesting import leaves, mapped
 from colrow.collectives import AllGather, Communicator
 from colrow.errors import PlanError
 from colrow.layout import Cut
@@ -92,7 +92,7 @@ class LocalLogits(Tensor):
         cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
-            found = tuple(one for one in tree_leaves((args, kwargs)) if isinstance(one, LocalLogits))
+            found = tuple(one for one in leaves((args, kwargs)) if isinstance(one, LocalLogits))
             name = getattr(function, "__name__", str(function))
             if name == "__get__":
                 name = function.__self__.__name__
@@ -136,13 +136,13 @@ class Call:
 
     def run(self, change: Callable[[Any], Any]) -> Any:
         """The function's result with each argument changed."""
-        args, kwargs = tree_map(change, (self.args, self.kwargs))
+        args, kwargs = mapped(change, (self.args, self.kwargs))
         return self.function(*args, **kwargs)
 
     def of(self, operand: Tensor) -> Call:
         """The same call with another tensor in place of the only logits."""
         (logits,) = self.logits
-        args, kwargs = tree_map(lambda one: operand if one is logits else one, (self.args, self.kwargs))
+        args, kwargs = mapped(lambda one: operand if one is logits else one, (self.args, self.kwargs))
         found = (operand,) if isinstance(operand, LocalLogits) else ()
         return replace(self, args=args, kwargs=kwargs, logits=found)
 

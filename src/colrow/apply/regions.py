@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
+import torch
 from torch import nn
 
 from colrow.layers import SharedEntry
@@ -83,13 +84,15 @@ class Scope:
 
 
 class Forgetting:
-    """A forward hook that lets go of what an entry has remembered; copied with the model."""
+    """A forward hook that lets go of what entries have remembered; copied with the model."""
 
-    def __init__(self, entry: SharedEntry) -> None:
-        self._entry = entry
+    def __init__(self, *entries: SharedEntry) -> None:
+        self._entries = entries
 
     def __call__(self, *_: object) -> None:
-        self._entry.forget()
+        if not torch.compiler.is_dynamo_compiling():
+            for entry in self._entries:
+                entry.forget()
 
 
 def common_module(paths: Iterable[str]) -> str:

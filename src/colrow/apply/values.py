@@ -24,7 +24,6 @@ class ModuleChanges:
         self.path, self.module = path, module
         self._inputs: list[tuple[int | None, str | None, Path, Change]] = []
         self._outputs: list[tuple[Path, Change]] = []
-        self._afterwards: list[Callable[[], None]] = []
         self._known: dict[tuple[int | None, str | None, Path, type], Path] = {}
 
     def is_first(self, path: Path, kind: type) -> bool:
@@ -41,10 +40,6 @@ class ModuleChanges:
         """Change the tensor at ``path`` of the result."""
         self._outputs.append((path, change))
 
-    def afterwards(self, action: Callable[[], None]) -> None:
-        """Do something whenever the module's forward ends, with an error too."""
-        self._afterwards.append(action)
-
     def _argument(self, first: int | str) -> tuple[int | None, str | None]:
         """Position and name of an argument, as far as it has them: callers may use either."""
         kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -56,8 +51,7 @@ class ModuleChanges:
 
     def attach(self) -> None:
         """Give the module a forward of its own."""
-        changes = tuple(self._inputs), tuple(self._outputs), tuple(self._afterwards)
-        _Forward(self.module, self.path, *changes).attach()
+        _Forward(self.module, self.path, tuple(self._inputs), tuple(self._outputs)).attach()
 
 
 class _Forward(OwnForward):
@@ -69,10 +63,9 @@ class _Forward(OwnForward):
         path: str,
         inputs: tuple[tuple[int | None, str | None, Path, Change], ...],
         outputs: tuple[tuple[Path, Change], ...],
-        afterwards: tuple[Callable[[], None], ...],
     ) -> None:
         super().__init__(module)
-        self._path, self._inputs, self._outputs, self._afterwards = path, inputs, outputs, afterwards
+        self._path, self._inputs, self._outputs = path, inputs, outputs
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
         lent: list[_Lent] = []
@@ -101,8 +94,6 @@ class _Forward(OwnForward):
         finally:
             for one in lent:
                 one.put_back()
-            for action in self._afterwards:
-                action()
         for path, change in self._outputs:
             output = (
                 change(output) if not path and isinstance(output, Tensor) else changed(output, path, change)
@@ -116,7 +107,7 @@ class _Forward(OwnForward):
         )
 
     def release(self) -> None:
-        self._inputs = self._outputs = self._afterwards = ()
+        self._inputs = self._outputs = ()
 
 
 @dataclass(frozen=True)

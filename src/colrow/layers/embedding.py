@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from colrow.collectives import AllReduce, Communicator, Enter, Group, communicator
+from colrow.collectives import AllReduce, Communicator, Group, communicator
 from colrow.errors import PlanError
+from colrow.layers.linear_functions import entered
 from colrow.layers.shards import axis_layout, shard_parameter
 from colrow.layout import Cut, DimensionLayout, TensorLayout
 from colrow.modules import embedding_fault
@@ -29,9 +30,10 @@ def check_range(ids: Tensor, size: int, what: str) -> None:
     if not ids.numel() or ids.is_meta:
         return
     low, high = torch.aminmax(ids)
-    if ids.device.type == "cpu":
-        if low < 0 or high >= size:
-            raise IndexError(f"{what} must be in [0, {size}), got values from {int(low)} to {int(high)}")
+    if ids.is_cpu:
+        least, most = low.item(), high.item()
+        if least < 0 or most >= size:
+            raise IndexError(f"{what} must be in [0, {size}), got values from {least} to {most}")
     else:
         torch._assert_async(((low >= 0) & (high < size)), f"{what} must be in [0, {size})")
 
@@ -63,8 +65,8 @@ class _Lookup(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         local_ids, without_gradient = ctx.saved_tensors
-        entered = Enter(ctx.ranks, ctx.label)(gradient)  # each rank keeps its own rows
-        own = entered.masked_fill(without_gradient.unsqueeze(-1), 0)
+        # each rank keeps its own rows
+        own = entered(gradient, ctx.ranks, ctx.label).masked_fill(without_gradient.unsqueeze(-1), 0)
         if ctx.rows:
             weight_gradient = torch.ops.aten.embedding_dense_backward(own, local_ids, ctx.rows, -1, False)
         else:
@@ -161,8 +163,9 @@ class VocabParallelEmbedding(nn.Embedding):
             IndexError: if an id is not in [0, vocabulary); ``RuntimeError`` under torch.compile.
         """
         check_range(ids, self.vocabulary, f"the ids given to {self.label}")
-        missing = (ids < self._start) | (ids >= self._stop)
-        local_ids = torch.where(missing, 0, ids - self._start)
+        local_ids = ids - self._start
+        missing = (local_ids < 0) | (local_ids >= self._stop - self._start)
+        local_ids = local_ids.masked_fill(missing, 0)
         label = f"lookup {self.label}"
         if torch.compiler.is_compiling():
             return AllReduce(self.communicator, label)(self._traced_rows(local_ids, missing))

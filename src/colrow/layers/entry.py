@@ -83,7 +83,9 @@ class SharedEntry:
         """
         if not (value.requires_grad and torch.is_grad_enabled()) or torch.compiler.is_dynamo_compiling():
             return None
-        found = self._find(value)
+        found = self._latest
+        if found is None or found.value is not value or found.version != value._version:
+            found = self._find(value)
         if found is not None:
             if found.siblings is None:
                 return None

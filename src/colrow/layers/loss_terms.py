@@ -160,6 +160,8 @@ class Terms:
 
     def at(self, part: slice) -> Terms:
         """The terms of some tokens."""
+        if part.start == 0 and part.stop >= len(self.kept):
+            return self
         tokens = {field.name for field in fields(self)} - {"options", "total_weight", "own_weight"}
         return replace(self, **{name: getattr(self, name)[part] for name in tokens})
 
