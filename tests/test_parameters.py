@@ -54,6 +54,23 @@ def test_norms_and_clipping(ranks: Callable[[int], Pool], size: int) -> None:
     ranks(size).run(_norms, size)
 
 
+def _payload() -> list[tuple[int, int]]:
+    moved = []
+    for blocks in (1, 12):
+        layers = [nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 4)) for _ in range(blocks)]
+        model = nn.Sequential(*layers)
+        colrow.parallelize(model, worker_mesh(2), (torch.randn(5, 4),))
+        model(torch.ones(5, 4)).sum().backward()
+        colrow.reset_comm_stats()
+        colrow.clip_grad_norm_(model, 1.0)
+        moved.append((colrow.comm_stats().count, colrow.comm_stats().bytes))
+    return moved
+
+
+def test_one_reduction_of_a_few_numbers_for_any_number_of_parameters(ranks: Callable[[int], Pool]) -> None:
+    assert ranks(2).run(_payload) == [[(1, 32), (1, 32)]] * 2
+
+
 def _special() -> None:
     _, cut = _models(2, torch.bfloat16)
     assert colrow.global_grad_norm(cut).dtype == torch.float64

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
 import torch
 from torch import Tensor, nn
 
-from colrow.state import placed_parameters, state_of
+from colrow.collectives import Communicator
+from colrow.state import PlacedParameter, placed_parameters, state_of
 
 
 @dataclass(frozen=True)
@@ -56,10 +58,13 @@ def global_grad_norm(model: nn.Module, norm_type: float = 2.0) -> Tensor:
     Raises:
         RuntimeError: if the ranks have issued different collectives since they began.
     """
-    ranks = state_of(model).communicator
+    return _norm_of(list(placed_parameters(model)), state_of(model).communicator, norm_type)
+
+
+def _norm_of(parameters: Sequence[PlacedParameter], ranks: Communicator, norm_type: float) -> Tensor:
     sharded: list[Tensor] = []
     replicated: list[Tensor] = []
-    for placed in placed_parameters(model):
+    for placed in parameters:
         gradient = placed.parameter.grad
         if gradient is None:
             continue
@@ -94,14 +99,12 @@ def _power_sum(gradients: list[Tensor], norm_type: float, device: torch.device) 
     gradients = [gradient for gradient in gradients if gradient.numel()]
     if not gradients:
         return torch.zeros((), dtype=torch.float64, device=device)
-    norms = [
-        norm.double()
-        for norm in torch._foreach_norm(
-            [gradient.float() if gradient.element_size() < 4 else gradient for gradient in gradients],
-            norm_type,
-        )
-    ]
-    stacked = torch.stack(norms)
+    norms = torch._foreach_norm(
+        [gradient.float() if gradient.element_size() < 4 else gradient for gradient in gradients], norm_type
+    )
+    if len({norm.dtype for norm in norms}) > 1:
+        norms = [norm.double() for norm in norms]
+    stacked = torch.stack(tuple(norms)).double()
     return stacked.max() if norm_type == float("inf") else (stacked**norm_type).sum()
 
 
@@ -125,14 +128,13 @@ def clip_grad_norm_(
     Raises:
         RuntimeError: if the norm is not finite and ``error_if_nonfinite`` is set; on every rank alike.
     """
-    norm = global_grad_norm(model, norm_type)
+    parameters = list(placed_parameters(model))
+    norm = _norm_of(parameters, state_of(model).communicator, norm_type)
     if error_if_nonfinite and not torch.isfinite(norm):
         raise RuntimeError(f"the gradients' norm is {norm.item()}: they cannot be clipped")
     # the small number is torch's own, so that both clip alike
     scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
-    gradients = [
-        placed.parameter.grad for placed in placed_parameters(model) if placed.parameter.grad is not None
-    ]
+    gradients = [placed.parameter.grad for placed in parameters if placed.parameter.grad is not None]
     if gradients:
         torch._foreach_mul_(gradients, scale.to(gradients[0].device))
     return norm

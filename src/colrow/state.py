@@ -82,6 +82,8 @@ def parallel_module(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: if there is none, or more than one.
     """
+    if _ATTRIBUTE in vars(model):
+        return model  # for each step: clipping asks
     found = [module for module in model.modules() if _ATTRIBUTE in vars(module)]
     if len(found) == 1:
         return found[0]
@@ -112,7 +114,8 @@ def placed_parameters(model: nn.Module) -> Iterator[PlacedParameter]:
     Parameters that were added after ``parallelize``, or that a wrapper adds, count as replicated. Names are
     those within the parallelized module, where it has them.
     """
-    module, state = parallel_module(model), state_of(model)
+    module = parallel_module(model)
+    state: ParallelState = getattr(module, _ATTRIBUTE)
     names = names_by_parameter(module)
     outer = {} if model is module else names_by_parameter(model)
     for parameter in model.parameters():
