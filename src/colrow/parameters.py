@@ -103,8 +103,8 @@ def _power_sum(gradients: list[Tensor], norm_type: float, device: torch.device) 
         [gradient.float() if gradient.element_size() < 4 else gradient for gradient in gradients], norm_type
     )
     if len({norm.dtype for norm in norms}) > 1:
-        norms = [norm.double() for norm in norms]
-    stacked = torch.stack(tuple(norms)).double()
+        norms = tuple(norm.double() for norm in norms)
+    stacked = torch.stack(norms).double()
     return stacked.max() if norm_type == float("inf") else (stacked**norm_type).sum()
 
 
