@@ -8,6 +8,7 @@ import torch
 
 from colrow.layout import DimensionLayout, Segment
 from colrow.plan import (
+    Along,
     Call,
     CallArgument,
     CallResult,
@@ -26,6 +27,8 @@ from colrow.plan import (
     Plan,
     PredictedCollective,
     Prediction,
+    SequenceGather,
+    SequenceSlice,
     Sharding,
 )
 from tests.plans import hand_plan
@@ -58,10 +61,20 @@ def everything() -> Plan:
             Entry((ModuleInput("transformer.h.0.mlp", ("hidden_states", 0)), CallResult("", first, (0,)))),
             Entry((ModuleOutput("transformer.h.1", (0, "name")),)),
         ),
-        exits=(Exit(CallResult("transformer.h.0.mlp", every)), Exit(ModuleOutput("transformer.ln_f"))),
-        lookups=(Lookup(CallResult("transformer", first), "vocab"),),
+        exits=(
+            Exit(CallResult("transformer.h.0.mlp", every)),
+            Exit(ModuleOutput("transformer.ln_f"), Along("sequence", 1)),
+        ),
+        lookups=(Lookup(CallResult("transformer", first), "vocab", Along("sequence", 0)),),
         slices=(PartSlice(CallArgument("", every, ("bias",)), sharding),),
         gathers=(Gather(ModuleOutput("lm_head"), sharding),),
+        sequence_gathers=(
+            SequenceGather(
+                (ModuleInput("transformer.h.1", (0,)), CallResult("", first)), Along("sequence", 1)
+            ),
+            SequenceGather((ModuleOutput("transformer.ln_f"),), Along("sequence", 1), "whole"),
+        ),
+        sequence_slices=(SequenceSlice(ModuleInput("transformer.h.0", (0,)), Along("sequence_2", 1)),),
         partial_parameters=(PartialParameter("transformer.h.0.norm.weight", "transformer.h.0.norm"),),
         once_parameters=(OnceParameter("bias", ""),),
         attributes=(LocalAttribute("transformer.h.3.attn", "config.num_heads", (2, 1)),),

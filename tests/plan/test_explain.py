@@ -81,7 +81,12 @@ def test_everything_is_named() -> None:
     for expected in (
         "entry: all-reduce backward  input hidden_states.0 of transformer.h.0.mlp, result 0 of view in ",
         "exit: all-reduce forward  result of view in package.other:31 rotate (transformer.h.0.mlp)",
-        "lookup: all-reduce forward  result of view in package.modeling:31 Attention.forward, pass 1 (transf",
+        "exit: reduce-scatter forward  output of transformer.ln_f, sequence in dimension 1",
+        "lookup: reduce-scatter  result of view in package.modeling:31 Attention.forward, pass 1 "
+        "(transformer), cut vocab, sequence in dimension 0",
+        "entry: all-gather forward  input 0 of transformer.h.1, result of view in ",
+        "whole sequence: all-gather  output of transformer.ln_f, sequence in dimension 1",
+        "part of a sequence  input 0 of transformer.h.0, sequence_2 in dimension 1",
         "slice: own part  argument bias of view in package.other:31 rotate (the model), cut heads",
         "gather: all parts  output of lm_head, cut heads",
         "gradients summed  transformer.h.0.norm.weight",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable, Container, Iterable
-from typing import Any, cast
+from collections.abc import Callable, Container, Iterable, Sequence
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,8 @@ from colrow.apply.fast_path import keep_off_fast_path
 from colrow.apply.loss import ParallelLoss
 from colrow.apply.parts import Part, TakePart, TakeWhole
 from colrow.apply.regions import Forgetting, Scope, common_module, find_regions
-from colrow.apply.shadow import Shadow
+from colrow.apply.sequence import GatherSequence, ScatterSequence, SequenceLength, SliceSequence
+from colrow.apply.shadow import Holders, Shadow
 from colrow.apply.shared import SharedPart
 from colrow.apply.values import Change, ModuleTable
 from colrow.collectives import AllReduce, Communicator, Enter, FirstRankOnly
@@ -32,15 +33,20 @@ from colrow.layers.linear import ColumnParallel, RowParallel
 from colrow.layout import Cut
 from colrow.modules import embedding_fault, features_dimension, is_linear
 from colrow.plan import (
+    Along,
     CallArgument,
     CallResult,
     Entry,
+    Exit,
     LocalAttribute,
+    Lookup,
     ModuleInput,
     ModuleOutput,
     OwnRandomness,
     Place,
     Plan,
+    SequenceGather,
+    SequenceSlice,
     Sharding,
 )
 from colrow.randomness import RegionRandomness
@@ -81,16 +87,22 @@ class Applier:
         self._undo = Undo(model)
         self._modules, self._calls = ModuleTable(model), CallTable(model)
         self._region = RegionRandomness(ranks)
+        self._lengths: dict[str, SequenceLength] = {}
+        self._of_layers: list[SharedEntry] = []
 
     def apply(self, gather_logits: bool) -> Undo:
         """Do it; what is returned takes it back, but for the parameters' data."""
         plan = self._plan
         sizes = {id(module): _sizes(module) for module in self._model.modules()}
+        for sequence_gather in plan.sequence_gathers:
+            self._sequence_gather(sequence_gather)
+        for sequence_slice in plan.sequence_slices:
+            self._change(sequence_slice.place, self._sequence_slice(sequence_slice))
         entries = self._entries()
         for exit in plan.exits:
-            self._exit(exit.place)
+            self._exit(exit)
         for lookup_ in plan.lookups:
-            self._lookup(lookup_.place, lookup_.axis)
+            self._lookup(lookup_)
         if not plan.by_hand:
             # other code may read them: the plan says which numbers become local
             for module in self._model.modules():
@@ -151,12 +163,12 @@ class Applier:
 
     def _parameters(self) -> None:
         """Replicated parameters whose gradients are summed, or that one rank adds."""
-        found: dict[str, list[tuple[nn.Module, str, Change]]] = defaultdict(list)
+        found: dict[str, list[tuple[Holders, Change]]] = defaultdict(list)
         for partial in self._plan.partial_parameters:
-            found[partial.reader].append(self._held(partial.name, self._summing(partial.name)))
+            found[partial.reader].append((self._holders(partial.name), self._summing(partial.name)))
         for once in self._plan.once_parameters:
             collective = FirstRankOnly(self._ranks, f"parameter {once.name}", "I")
-            found[once.reader].append(self._held(once.name, collective))
+            found[once.reader].append((self._holders(once.name), collective))
         for reader, parameters in found.items():
             Shadow(parameters).attach(self._model.get_submodule(reader))
 
@@ -169,45 +181,73 @@ class Applier:
         cut = self._plan.axes[sharding.axis].cut
         return SharedPart(self._ranks, label, sharding.dimension, sharding.layout, cut)
 
-    def _held(self, name: str, change: Change) -> tuple[nn.Module, str, Change]:
+    def _holders(self, name: str) -> Holders:
+        """The modules that hold a parameter, which may be tied, with its name in each."""
         path, _, leaf = name.rpartition(".")
-        return self._model.get_submodule(path), leaf, change
+        parameter = self._model.get_submodule(path)._parameters[leaf]
+        return tuple(
+            (module, leaf)
+            for module in self._model.modules()
+            for leaf, own in module._parameters.items()
+            if own is parameter
+        )
 
     # ---------------------------------------------------------------- regions
 
     def _entries(self) -> dict[Entry, SharedEntry]:
         shared: dict[Entry, SharedEntry] = {}
-        of_layers: list[SharedEntry] = []
         for entry in self._plan.entries:
-            linears = [path for place in entry.places if (path := self._column(place)) is not None]
             label = f"enter {', '.join(dict.fromkeys(entry.modules))}"
-            if len(linears) == len(entry.places):
-                if len(linears) > 1:
-                    shared[entry] = SharedEntry(self._ranks, label, len(linears))
-                    of_layers.append(shared[entry])
-                for path in linears:
-                    column_parallel(
-                        self._model.get_submodule(path),
-                        self._ranks,
-                        # a layer that enters alone overlaps the reduction with its own weight gradient
-                        entry=shared.get(entry),
-                        label=path,
-                        **self._placed(path),
-                    )
-                continue
-            calls = [place for place in entry.places if isinstance(place, CallArgument | CallResult)]
-            if len(entry.places) == 1 and not calls:
+            linears = [path for place in entry.places if (path := self._column(place)) is not None]
+            if len(entry.places) == 1 and linears:
+                # a layer that enters alone overlaps the reduction with its own weight gradient
+                self._column_parallel(linears[0], None)
+            elif len(entry.places) == 1 and not isinstance(entry.places[0], CallArgument | CallResult):
                 self._change(entry.places[0], Enter(self._ranks, label))
-                continue
-            one = SharedEntry(self._ranks, label, 0 if calls else len(entry.places))
-            shared[entry] = one
-            for place in entry.places:
-                self._change(place, one)
-            if calls:
-                self._forget_after(entry.modules, {place.module for place in calls}, one)
-        if of_layers:  # a layer that was not called may have left something
-            self._model.register_forward_hook(Forgetting(*of_layers), always_call=True)
+            else:
+                shared[entry] = SharedEntry(self._ranks, label, self._members(entry.places))
+                self._share(entry, shared[entry])
+        if self._of_layers:  # a layer that was not called may have left something
+            self._model.register_forward_hook(Forgetting(*self._of_layers), always_call=True)
         return shared
+
+    def _sequence_gather(self, gather: SequenceGather) -> None:
+        label = f"gather {', '.join(dict.fromkeys(gather.modules))}"
+        dst: Literal["I", "R"] = "R" if gather.gradient == "partial" else "I"
+        length, members = self._length(gather.along), self._members(gather.places)
+        self._share(gather, GatherSequence(length, label, gather.along.dimension, dst, members))
+
+    def _sequence_slice(self, piece: SequenceSlice) -> Change:
+        label = f"part of {piece.place.module or 'the model'}"
+        return SliceSequence(self._length(piece.along), label, piece.along.dimension)
+
+    def _scatter(self, along: Along, label: str) -> Change:
+        return ScatterSequence(self._length(along), label, along.dimension)
+
+    def _length(self, along: Along) -> SequenceLength:
+        return self._lengths.setdefault(along.sequence, SequenceLength(self._ranks, along.sequence))
+
+    def _members(self, places: Sequence[Place]) -> int:
+        """How many read what places share; 0 if calls do, of which there is no telling."""
+        return 0 if any(isinstance(place, CallArgument | CallResult) for place in places) else len(places)
+
+    def _share(self, action: Entry | SequenceGather, entry: SharedEntry) -> None:
+        """Let all places of an action share ``entry``."""
+        linears = [path for place in action.places if (path := self._column(place)) is not None]
+        if len(linears) == len(action.places):
+            self._of_layers.append(entry)
+            for path in linears:
+                self._column_parallel(path, entry)
+            return
+        for place in action.places:
+            self._change(place, entry)
+        calling = {one.module for one in action.places if isinstance(one, CallArgument | CallResult)}
+        if calling:
+            self._forget_after(action.modules, calling, entry)
+
+    def _column_parallel(self, path: str, entry: SharedEntry | None) -> None:
+        module = self._model.get_submodule(path)
+        column_parallel(module, self._ranks, entry=entry, label=path, **self._placed(path))
 
     def _forget_after(self, modules: Iterable[str], calling: Container[str], entry: SharedEntry) -> None:
         """Let go of what was entered when the innermost module that holds all its places has ended."""
@@ -228,26 +268,35 @@ class Applier:
             return None
         return place.module
 
-    def _exit(self, place: ModuleOutput | CallResult) -> None:
+    def _exit(self, exit: Exit) -> None:
+        place, label = exit.place, f"exit {exit.place.module}"
+        scatter = None if exit.along is None else self._scatter(exit.along, label)
         module = self._model.get_submodule(place.module)
         if isinstance(place, ModuleOutput) and is_linear(module):
             sharding = self._plan.parameters.get(f"{place.module}.weight")
             if sharding is not None and sharding.dimension != features_dimension(module):
-                row_parallel(module, self._ranks, label=place.module, **self._placed(place.module))
+                row_parallel(
+                    module, self._ranks, label=place.module, scatter=scatter, **self._placed(place.module)
+                )
                 return
-        self._change(place, AllReduce(self._ranks, f"exit {place.module}"))
+        self._change(place, scatter or AllReduce(self._ranks, label))
 
-    def _lookup(self, place: ModuleOutput | CallResult, axis: str) -> None:
-        module = self._model.get_submodule(place.module)
+    def _lookup(self, action: Lookup) -> None:
+        place, path = action.place, action.place.module
+        module = self._model.get_submodule(path)
         if isinstance(place, ModuleOutput) and embedding_fault(module) is None:
             VocabParallelEmbedding.from_module(
-                cast(nn.Embedding, module), self._ranks, label=place.module, **self._placed(place.module)
+                cast(nn.Embedding, module),
+                self._ranks,
+                label=path,
+                scatter=None if action.along is None else self._scatter(action.along, f"lookup {path}"),
+                **self._placed(path),
             )
             return
         assert isinstance(place, CallResult)
-        cut = self._plan.axes[axis].cut
-        changes = self._calls.at(place.module).at(place.call)
-        changes.replacement = self._noted(place, lookup(self._ranks, cut, place.module))
+        cut = self._plan.axes[action.axis].cut
+        changes = self._calls.at(path).at(place.call)
+        changes.replacement = self._noted(place, lookup(self._ranks, cut, path))
 
     def _placed(self, path: str) -> dict[str, Any]:
         sharding = self._plan.parameters[f"{path}.weight"]

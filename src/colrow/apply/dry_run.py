@@ -22,6 +22,7 @@ from colrow.errors import PlanError
 from colrow.localise import arguments
 from colrow.plan import Gather, ModuleOutput, Plan
 from colrow.plan.selection import CannotPlaceError
+from colrow.plan.sequence.cut import SequenceCut
 from colrow.plan.states import States
 from colrow.sources import short_path
 from colrow.trace import Example, Trace, TraceError, trace_together
@@ -64,7 +65,12 @@ class DryRanks(Communicator):
 
 
 def dry_run(
-    model: nn.Module, examples: Mapping[str, Example], plan: Plan, states: States, rank: int
+    model: nn.Module,
+    examples: Mapping[str, Example],
+    plan: Plan,
+    states: States,
+    rank: int,
+    sequences: Sequence[SequenceCut] = (),
 ) -> str | None:
     """Record the model of ``rank`` and compare its modules' outputs with what ``plan`` says of them.
 
@@ -74,6 +80,7 @@ def dry_run(
         plan: for ``model``.
         states: of the selection that the plan does.
         rank: whose model is run.
+        sequences: what is cut between regions.
 
     Returns:
         Why it could not be compared, if so.
@@ -98,7 +105,7 @@ def dry_run(
         raise states.selection.cannot(
             f"the cut model does not pass {place}", *_operations(states.selection.trace, place.module)
         )
-    return _compare(found, states, plan, rank)
+    return _compare(found, states, plan, rank, sequences)
 
 
 def try_plan(model: nn.Module, examples: Mapping[str, Example], plan: Plan, rank: int) -> None:
@@ -224,14 +231,16 @@ def _inside(module: ModuleCall, path: str) -> bool:
     return module.path == path or module.path.startswith(f"{path}.") or not path
 
 
-def _compare(found: Trace, states: States, plan: Plan, rank: int) -> str | None:
+def _compare(
+    found: Trace, states: States, plan: Plan, rank: int, sequences: Sequence[SequenceCut]
+) -> str | None:
     expected = states.selection.trace
     paths = [[call.path for call in trace.modules] for trace in (expected, found)]
     if paths[0] != paths[1]:
         return "the dry run was given up: the cut model calls other modules than the original"
     for call, local in zip(expected.modules, found.modules, strict=True):
         for (_, value), (_, part) in zip(call.outputs, local.outputs, strict=False):
-            shape = _shape(value, call, states, rank)
+            shape = _shape(value, call, states, rank, sequences)
             if shape is not None and shape != part.shape:
                 raise _mismatch(call, shape, part.shape, states, rank)
     _compare_numbers(found, states, plan)
@@ -292,10 +301,19 @@ def _mismatch(
     )
 
 
-def _shape(value: Value, call: ModuleCall, states: States, rank: int) -> tuple[int, ...] | None:
+def _shape(
+    value: Value, call: ModuleCall, states: States, rank: int, sequences: Sequence[SequenceCut]
+) -> tuple[int, ...] | None:
     """What a module's output should be on a rank; ``None`` if that is not known."""
     if value.index in states.slices:
         return None  # a part may have been taken of it here already
+    for sequence in sequences:
+        if any(
+            one.value is value and any(where.is_result for where in one.places) for one in sequence.crossings
+        ):
+            return None  # likewise, or it may have been gathered
+        if value.index in sequence.cut and call.parent is not None:
+            return sequence.selection.local_shape(value, rank)
     if call.parent is None or value.index in states.borders or not states.made_local(value):
         return value.shape
     return states.selection.local_shape(value, rank)

@@ -33,6 +33,7 @@ def parallelize(
     logits: Literal["gather", "local"] = "gather",
     share: Sequence[float] | None = None,
     forbid: Collection[str] = (),
+    sequence: bool | Literal["auto"] = False,
     registry: Registry | None = None,
     check: Example | Mapping[str, Any] | tuple[Any, ...] | None = None,
 ) -> nn.Module:
@@ -60,6 +61,10 @@ def parallelize(
             ``"local"``: this rank's ids, for :func:`colrow.cross_entropy`.
         share: relative size of each rank's part, for unequal devices: ``[3, 3, 2]``.
         forbid: names of parameters, or of a plan's axes, that must stay whole.
+        sequence: also cut what lies between regions (norms, residuals, dropout) along the sequence: each rank
+            keeps its tokens of it only, which saves memory; all-reduces become reduce-scatters and
+            all-gathers. Lengths may be uneven. ``"auto"``: where that communicates hardly more. Not used with
+            a plan.
         registry: the rules of operators, where the model has some of its own; see :func:`colrow.rule`. Not
             used with a plan.
         check: with a plan that was edited, or made elsewhere: calls of the model with which to try it on the
@@ -78,7 +83,13 @@ def parallelize(
         plan = example.resolve(model, ranks.size, share)
     else:
         plan = derive_plan(
-            model, examples_of(example), ranks.size, share=share, forbid=forbid, registry=registry
+            model,
+            examples_of(example),
+            ranks.size,
+            share=share,
+            forbid=forbid,
+            sequence=sequence,
+            registry=registry,
         )
     if plan.ranks != ranks.size:
         raise PlanError(

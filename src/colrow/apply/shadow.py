@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 
 from colrow.apply.replay import Again, Replaying
 from colrow.apply.values import Change
+
+Holders: TypeAlias = tuple[tuple[nn.Module, str], ...]
+"""Modules that hold a parameter, with its name in each."""
 
 
 class Shadow:
@@ -26,11 +29,13 @@ class Shadow:
     ``named_parameters``, optimizers and checkpoints still find the parameter.
 
     Args:
-        parameters: the module that holds each parameter, its name there, and the collective.
+        parameters: the modules that hold each parameter, with its name there, and the collective. Tied
+            parameters have several.
     """
 
-    def __init__(self, parameters: Sequence[tuple[nn.Module, str, Change]]) -> None:
-        self._parameters = tuple(parameters)
+    def __init__(self, parameters: Sequence[tuple[Holders, Change]]) -> None:
+        self._changes = tuple(parameters)
+        self._places = [place for holders, _ in self._changes for place in holders]
         self._before: list[tuple[list[Any], Replaying | None]] = []
 
     def attach(self, reader: nn.Module) -> None:
@@ -39,7 +44,13 @@ class Shadow:
         reader.register_forward_hook(self._restore, always_call=True)
 
     def _shadow(self, module: nn.Module, arguments: Any) -> None:
-        before = self._put([change(holder._parameters[name]) for holder, name, change in self._parameters])  # type: ignore[arg-type]
+        values: list[Any] = []
+        for holders, change in self._changes:
+            holder, name = holders[0]
+            parameter = holder._parameters[name]
+            assert parameter is not None
+            values += [change(parameter)] * len(holders)
+        before = self._put(values)
         replaying = None
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             replaying = Replaying(self._now)
@@ -57,7 +68,7 @@ class Shadow:
     def _put(self, values: list[Any]) -> list[Any]:
         """Put values before the parameters, or nothing where one is ``None``; gives what was there before."""
         before = []
-        for (holder, name, _), value in zip(self._parameters, values, strict=True):
+        for (holder, name), value in zip(self._places, values, strict=True):
             # an instance attribute is found before a registered parameter
             before.append(holder.__dict__.get(name))
             if value is None:
@@ -68,7 +79,7 @@ class Shadow:
 
     def _now(self) -> Again:
         """Makes the context in which the code reads what it reads now: for what is recomputed later."""
-        values = [holder.__dict__.get(name) for holder, name, _ in self._parameters]
+        values = [holder.__dict__.get(name) for holder, name in self._places]
         return partial(self._shadowed, values)
 
     @contextmanager

@@ -25,12 +25,14 @@ class Marks:
             results are zero where the row is another's, and partial sums in all.
         iota: the content of the result depends on the index: made whole, then sliced.
         classes: the classes of a cross-entropy: a loss over cut classes is needed.
+        blocked: must be whole, in the operator's view.
     """
 
     contracted: ByOperation = field(default_factory=lambda: defaultdict(list))
     looked_up: ByOperation = field(default_factory=lambda: defaultdict(list))
     iota: ByOperation = field(default_factory=lambda: defaultdict(list))
     classes: ByOperation = field(default_factory=lambda: defaultdict(list))
+    blocked: ByOperation = field(default_factory=lambda: defaultdict(list))
 
 
 class RuleContext:
@@ -168,6 +170,7 @@ class RuleContext:
 
     def block(self, factor: Factor, text: str) -> None:
         """Forbid that ``factor`` be sharded, because of ``text``: ``softmax over it``."""
+        self._marks.blocked[self.operation.index].append(factor)
         self.factors.block(factor, self._reason(text))
 
     def block_dimensions(self, value: Value | str, which: Iterable[int], text: str) -> None:

@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from colrow.cli.options import SEQUENCE, SEQUENCE_HELP
+
 if TYPE_CHECKING:
     from colrow.plan import Plan
 
@@ -39,7 +41,14 @@ def run(arguments: list[str]) -> int:
     start = time.perf_counter()
     loaded = load(options.model, settings)
     built = time.perf_counter()
-    plan = derive_plan(loaded.model, loaded.examples, options.tp, share=share, forbid=options.forbid)
+    plan = derive_plan(
+        loaded.model,
+        loaded.examples,
+        options.tp,
+        share=share,
+        forbid=options.forbid,
+        sequence=SEQUENCE[options.sequence],
+    )
     done = time.perf_counter()
 
     print(f"{loaded.name} in {' and '.join(loaded.examples)}", end="\n\n")
@@ -88,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
         help="a parameter, or an axis as the plan without this names it, that must stay whole; may be given "
         "several times",
     )
+    add("--sequence", choices=SEQUENCE, default="no", help=SEQUENCE_HELP)
     add("--out", metavar="FILE.yaml", help="write the plan, to be edited and given to colrow.parallelize")
     add(
         "--against",

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from colrow.cli.options import SEQUENCE, SEQUENCE_HELP
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -72,6 +74,7 @@ def run(arguments: list[str]) -> int:
         Plan.load(options.plan) if options.plan is not None else None,
         steps=options.steps,
         dtype=getattr(torch, options.dtype),
+        sequence=SEQUENCE[options.sequence],
         timeout=options.timeout,
     )
     print(report)
@@ -110,6 +113,7 @@ def _parser() -> argparse.ArgumentParser:
         default=None,
         help="verify a small model of the same architecture (default for configurations and folders)",
     )
+    add("--sequence", choices=SEQUENCE, default="no", help=SEQUENCE_HELP)
     add("--plan", metavar="FILE.yaml", help="what to verify (default: the derived plan)")
     add("--json", metavar="FILE", help="write every comparison to this file")
     add(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -95,6 +96,7 @@ class VocabParallelEmbedding(nn.Embedding):
     communicator: Communicator
     cut: Cut
     label: str
+    scatter: Callable[[Tensor], Tensor] | None = None
 
     def __init__(
         self,
@@ -118,9 +120,13 @@ class VocabParallelEmbedding(nn.Embedding):
         *,
         layout: DimensionLayout | None = None,
         cut: Cut | None = None,
+        scatter: Callable[[Tensor], Tensor] | None = None,
         label: str = "vocab-parallel embedding",
     ) -> VocabParallelEmbedding:
         """Make an existing ``nn.Embedding`` vocabulary-parallel, in place; returns it.
+
+        ``scatter`` takes the place of the all-reduce: from partial sums it makes each rank's part of a
+        sequence.
 
         Raises:
             PlanError: if the module is not exactly an ``nn.Embedding`` or uses an option that needs all rows.
@@ -131,6 +137,7 @@ class VocabParallelEmbedding(nn.Embedding):
         module.__class__ = VocabParallelEmbedding
         assert isinstance(module, VocabParallelEmbedding)
         module._take_shard(group, layout, cut, label)
+        module.scatter = scatter
         return module
 
     def _take_shard(self, group: Group, layout: DimensionLayout | None, cut: Cut | None, label: str) -> None:
@@ -167,15 +174,16 @@ class VocabParallelEmbedding(nn.Embedding):
         missing = (local_ids < 0) | (local_ids >= self._stop - self._start)
         local_ids = local_ids.masked_fill(missing, 0)
         label = f"lookup {self.label}"
-        if torch.compiler.is_compiling():
-            return AllReduce(self.communicator, label)(self._traced_rows(local_ids, missing))
+        if torch.compiler.is_compiling() or self.scatter is not None:
+            partial = self._partial_rows(local_ids, missing)
+            return (self.scatter or AllReduce(self.communicator, label))(partial)
         without_gradient = missing if self.padding_idx is None else missing | (ids == self.padding_idx)
         rows: Tensor = _Lookup.apply(
             self.weight, local_ids, missing, without_gradient, self.communicator, label
         )
         return rows
 
-    def _traced_rows(self, local_ids: Tensor, missing: Tensor) -> Tensor:
+    def _partial_rows(self, local_ids: Tensor, missing: Tensor) -> Tensor:
         """Rows that this rank holds, zeros for the others, in operators that torch.compile can trace."""
         if not self.num_embeddings:
             # the sum of no numbers: zero, with a gradient that is as empty as the table

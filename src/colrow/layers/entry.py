@@ -61,15 +61,15 @@ class SharedEntry:
 
     def __call__(self, value: Tensor) -> Tensor:
         """The entered ``value``; no autograd node unless a gradient will come back."""
-        if not (value.requires_grad and torch.is_grad_enabled()):
+        if not self.is_needed(value):
             return value
         if torch.compiler.is_dynamo_compiling():
             return self._traced(value, f"{self._enter.communicator.name} {self._enter.label}")
         found = self._find(value)
         if found is None:
-            found = self._remember(_Value(value, value._version, self._enter(value), None))
+            found = self._remember(_Value(value, value._version, self.enter(value), None))
         elif found.entered is None:
-            found.entered = self._enter(value)
+            found.entered = self.enter(value)
         entered = found.entered
         self._count(found)
         assert entered is not None
@@ -125,11 +125,19 @@ class SharedEntry:
             # all have read it: no activation is kept alive
             self._latest, self._earlier = self._earlier, None
 
+    def is_needed(self, value: Tensor) -> bool:
+        """Whether anything is done with a value: only if a gradient will come back."""
+        return value.requires_grad and torch.is_grad_enabled()
+
+    def enter(self, value: Tensor) -> Tensor:
+        """The entered value, a new one."""
+        return self._enter(value)
+
     def _traced(self, value: Tensor, name: str) -> Tensor:
         """Under torch.compile the graph remembers, for this object's attributes are not part of it."""
         result = None
         comptime(recall)
         if result is None:
-            result = self._enter(value)
+            result = self.enter(value)
             comptime(remember)
         return result

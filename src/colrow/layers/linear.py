@@ -161,6 +161,7 @@ class RowParallel(_ParallelLinear):
     """What makes a linear layer row-parallel, whichever way its weight lies."""
 
     reads: Literal["V", "I"]
+    scatter: Callable[[Tensor], Tensor] | None
 
     def _become_row(
         self,
@@ -169,26 +170,30 @@ class RowParallel(_ParallelLinear):
         layout: DimensionLayout | None,
         cut: Cut | None,
         reads: Literal["V", "I"],
+        scatter: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self._take_shard(group, label, layout, cut, output=False)
         if reads == "I" and len(self.features.segments) > 1:
             raise ValueError("a row-parallel layer can slice its input only along consecutive features")
-        self.reads = reads
+        self.reads, self.scatter = reads, scatter
 
     def end_region(self, region: RegionRandomness, name: str) -> None:
         """From this layer's output on, random numbers agree on all ranks."""
         self.region, self._region_name = region, name
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x`` [..., this rank's in features], V (or all of them, I) -> [..., out features], I."""
+        """``x`` [..., this rank's in features], V (or all of them, I) -> [..., out features], I.
+
+        With ``scatter`` the result is what that makes of the partial sums, with the bias added.
+        """
         if self.region is not None:
             self.region.leave(self._region_name)
         if self.reads == "I":
             x = Slice(self.communicator, f"slice {self.label}", x.dim() - 1, self.sizes, "I")(x)
         label = self._reduction
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or self.scatter is not None:
             weight, bias = self.operands
-            total = AllReduce(self.communicator, label)(
+            total = (self.scatter or AllReduce(self.communicator, label))(
                 local_linear(x, weight, None, self._out_first, self.products)
             )
             return total if bias is None else total + bias.to(total.dtype)
@@ -320,18 +325,20 @@ def row_parallel(
     layout: DimensionLayout | None = None,
     cut: Cut | None = None,
     reads: Literal["V", "I"] = "V",
+    scatter: Callable[[Tensor], Tensor] | None = None,
     label: str = "row-parallel linear",
 ) -> RowParallel:
     """Make an existing ``nn.Linear`` or ``Conv1D`` row-parallel, in place; returns it.
 
-    Arguments as in :class:`RowParallelLinear`.
+    ``scatter`` takes the place of the all-reduce: from partial sums it makes each rank's part of a sequence.
+    The other arguments are those of :class:`RowParallelLinear`.
 
     Raises:
         PlanError: if the module is neither.
     """
     _change_class(module, RowParallel, RowParallelLinear, label)
     assert isinstance(module, RowParallel)
-    module._become_row(group, label, layout, cut, reads)
+    module._become_row(group, label, layout, cut, reads, scatter)
     return module
 
 

@@ -5,6 +5,7 @@ from colrow.plan.examples import BERT, GPT2, LLAMA
 from colrow.plan.hand import AxisSpec, HandPlan, LossSpec, Style, column, replicated, row, vocab
 from colrow.plan.places import Call, CallArgument, CallResult, ModuleInput, ModuleOutput, Place
 from colrow.plan.plan import (
+    Along,
     Axis,
     Entry,
     Exit,
@@ -18,6 +19,8 @@ from colrow.plan.plan import (
     PartialParameter,
     PartSlice,
     Plan,
+    SequenceGather,
+    SequenceSlice,
     Sharding,
 )
 from colrow.plan.prediction import PredictedCollective, Prediction
@@ -26,6 +29,7 @@ __all__ = [
     "BERT",
     "GPT2",
     "LLAMA",
+    "Along",
     "Axis",
     "AxisSpec",
     "Call",
@@ -50,6 +54,8 @@ __all__ = [
     "Plan",
     "PredictedCollective",
     "Prediction",
+    "SequenceGather",
+    "SequenceSlice",
     "Sharding",
     "Style",
     "column",

@@ -8,7 +8,8 @@ plan's notes, and the rest is done again.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from torch import nn
 
@@ -30,6 +31,7 @@ from colrow.plan.notes import notes_of
 from colrow.plan.plan import Axis, Plan, Sharding
 from colrow.plan.predict import predict
 from colrow.plan.selection import CannotPlaceError, Chosen, Selection, UnreachableError
+from colrow.plan.sequence import SequenceCut, find_sequences, notes_of_sequences, pays
 from colrow.plan.states import States
 from colrow.plan.tied import holders_of
 from colrow.trace import Example, Trace, TraceError, trace_together
@@ -45,6 +47,7 @@ def derive_plan(
     *,
     share: Sequence[float] | None = None,
     forbid: Collection[str] = (),
+    sequence: bool | Literal["auto"] = False,
     registry: Registry | None = None,
 ) -> Plan:
     """The plan for ``model`` over ``ranks`` ranks, from how it computes.
@@ -57,6 +60,8 @@ def derive_plan(
         ranks: size of the tensor-parallel group.
         share: relative size of each rank's part, for unequal devices; default: balanced.
         forbid: names of parameters that must stay whole, or of axes, as a plan without this calls them.
+        sequence: whether what lies between regions is cut along the sequence as well, see
+            :func:`colrow.parallelize`.
         registry: the rules of operators; see :func:`colrow.rule`.
 
     Raises:
@@ -64,7 +69,7 @@ def derive_plan(
         PlanError: if ``share`` or ``forbid`` do not fit.
     """
     trace = record(model, examples)
-    return _Derivation(model, examples, infer(trace, registry), ranks, share, forbid).run()
+    return _Derivation(model, examples, infer(trace, registry), ranks, share, forbid, sequence).run()
 
 
 def record(model: nn.Module, examples: Mapping[str, Example]) -> Trace:
@@ -90,6 +95,7 @@ class _Placed:
     states: States
     actions: Actions
     localisation: Localisation
+    sequences: list[SequenceCut] = field(default_factory=list)
 
 
 class _Derivation:
@@ -101,8 +107,9 @@ class _Derivation:
         ranks: int,
         share: Sequence[float] | None,
         forbid: Collection[str],
+        sequence: bool | Literal["auto"],
     ) -> None:
-        self._examples = examples
+        self._examples, self._sequence = examples, sequence
         self._model, self._axes, self._ranks, self._share = model, axes, ranks, share
         self._forbid = forbid
         self._candidates = find_candidates(axes, ranks) if ranks > 1 else []
@@ -116,7 +123,8 @@ class _Derivation:
             selection = Selection(self._axes, self._named(chosen))
             try:
                 placed = self._place(selection)
-                return self._tried(self._plan(placed), placed)
+                plan = self._tried(self._plan(placed), placed)
+                return self._with_sequences(plan, placed) if self._sequence and plan.axes else plan
             except CannotPlaceError as error:
                 self._ban(error, chosen)
         raise PlanError(
@@ -125,6 +133,33 @@ class _Derivation:
             + "; ".join(str(reason) for reason in list(self._banned.values())[-3:]),
             "Forbid the parameters named here, or write a plan by hand (docs/plans.md).",
         )
+
+    def _with_sequences(self, plan: Plan, placed: _Placed) -> Plan:
+        """The plan with what lies between its regions cut along the sequence, where that is asked for.
+
+        Raises:
+            PlanError: if it is asked for and nothing can be cut.
+        """
+        reason = "nothing that leaves a region goes on to what treats every token by itself"
+        sequences = find_sequences(self._model, placed.states, placed.reductions, placed.summations)
+        try:
+            actions = lower(
+                self._model,
+                placed.states,
+                placed.borders,
+                placed.reductions,
+                placed.summations,
+                sequences,
+            )
+            cut = replace(placed, actions=actions, sequences=sequences)
+            found = self._tried(self._plan(cut), cut) if sequences else plan
+        except CannotPlaceError as error:
+            sequences, reason = [], str(error.reason)
+        if not sequences and self._sequence is True:
+            raise PlanError("", f"no sequence can be cut: {reason}", "Leave sequence=True out.")
+        if not sequences or (self._sequence == "auto" and not pays(found, plan)):
+            return plan
+        return replace(found, notes=(*found.notes, *notes_of_sequences(sequences, placed.reductions)))
 
     def _tried(self, plan: Plan, placed: _Placed) -> Plan:
         """The plan, when one rank's model has run on meta tensors as it says."""
@@ -135,7 +170,7 @@ class _Derivation:
         smallest = min(
             range(plan.ranks), key=lambda rank: [axis.cut.count(rank) for axis in plan.axes.values()]
         )
-        note = dry_run(self._model, self._examples, plan, placed.states, smallest)
+        note = dry_run(self._model, self._examples, plan, placed.states, smallest, placed.sequences)
         return plan if note is None else replace(plan, notes=(*plan.notes, note))
 
     def _ban(self, error: CannotPlaceError, chosen: Sequence[Candidate]) -> None:
@@ -226,6 +261,8 @@ class _Derivation:
             lookups=tuple(actions.lookups),
             slices=tuple(actions.slices),
             gathers=tuple(placed.borders.gathers),
+            sequence_gathers=tuple(actions.sequence_gathers),
+            sequence_slices=tuple(actions.sequence_slices),
             partial_parameters=tuple(actions.partial_parameters),
             once_parameters=tuple(actions.once_parameters),
             attributes=placed.localisation.attributes,
@@ -246,6 +283,7 @@ class _Derivation:
                 placed.summations,
                 parameters,
                 {name for name, one in self._model.named_parameters() if not one.requires_grad},
+                placed.sequences,
             ),
         )
         return fitted(plan, selection)

@@ -13,7 +13,7 @@ from colrow.plan.text import columns, counts, shape
 if TYPE_CHECKING:
     from torch import nn
 
-    from colrow.plan.plan import Axis, Loss, Plan, Sharding
+    from colrow.plan.plan import Along, Axis, Loss, Plan, Sharding
 
 SHOWN = 20
 """So many kinds of names are listed in an error."""
@@ -88,6 +88,8 @@ _LISTED = (
     "lookups",
     "slices",
     "gathers",
+    "gathers of sequences",
+    "parts of sequences",
     "gradients summed",
     "added by one rank",
     "own random numbers",
@@ -123,10 +125,15 @@ def _predicted(plan: Plan) -> dict[str, str]:
 
 def _listed(plan: Plan) -> Iterable[Sequence[str]]:
     yield [", ".join(map(str, one.places)) for one in plan.entries]
-    yield [str(one.place) for one in plan.exits]
-    yield [f"{one.place} along {one.axis}" for one in plan.lookups]
+    yield [f"{one.place}{_along(one.along)}" for one in plan.exits]
+    yield [f"{one.place} along {one.axis}{_along(one.along)}" for one in plan.lookups]
     yield [f"{one.place} along {_sharding(one.sharding)}" for one in plan.slices]
     yield [f"{one.place} along {_sharding(one.sharding)}" for one in plan.gathers]
+    yield [
+        f"{', '.join(map(str, one.places))}{_along(one.along)}, gradient {one.gradient}"
+        for one in plan.sequence_gathers
+    ]
+    yield [f"{one.place}{_along(one.along)}" for one in plan.sequence_slices]
     yield [f"{one.name} read by {one.reader or 'the model'}" for one in plan.partial_parameters]
     yield [f"{one.name} read by {one.reader or 'the model'}" for one in plan.once_parameters]
     yield [one.module or "the model" for one in plan.randomness]
@@ -134,6 +141,10 @@ def _listed(plan: Plan) -> Iterable[Sequence[str]]:
     yield [] if loss is None else [_loss(loss)]
     yield plan.holders
     yield plan.notes
+
+
+def _along(along: Along | None) -> str:
+    return "" if along is None else f" to parts of {along.sequence}[{along.dimension}]"
 
 
 def _loss(loss: Loss) -> str:

@@ -13,7 +13,7 @@ from colrow.plan.places import ModuleInput
 from colrow.plan.text import columns, counts, shape, size
 
 if TYPE_CHECKING:
-    from colrow.plan.plan import Axis, Entry, Plan, Sharding
+    from colrow.plan.plan import Along, Axis, Entry, Plan, SequenceGather, Sharding
 
 WIDTH = 120
 """Notes are broken into lines of so many characters."""
@@ -240,8 +240,40 @@ def _actions(plan: Plan) -> list[str]:
         vocabulary_loss.append(f"{loss.logits} of {loss.module or 'the model'}, cut {loss.axis}{kept}")
     kinds: list[tuple[str, list[str]]] = [
         ("entry: all-reduce backward", [_entry(one) for one in plan.entries]),
-        ("exit: all-reduce forward", [str(one.place) for one in plan.exits]),
-        ("lookup: all-reduce forward", [f"{one.place}, cut {one.axis}" for one in plan.lookups]),
+        ("exit: all-reduce forward", [str(one.place) for one in plan.exits if one.along is None]),
+        (
+            "exit: reduce-scatter forward",
+            [f"{one.place}, {_along(one.along)}" for one in plan.exits if one.along is not None],
+        ),
+        (
+            "lookup: all-reduce forward",
+            [f"{one.place}, cut {one.axis}" for one in plan.lookups if one.along is None],
+        ),
+        (
+            "lookup: reduce-scatter",
+            [
+                f"{one.place}, cut {one.axis}, {_along(one.along)}"
+                for one in plan.lookups
+                if one.along is not None
+            ],
+        ),
+        (
+            "entry: all-gather forward",
+            [
+                f"{_entry(one)}, {_along(one.along)}"
+                for one in plan.sequence_gathers
+                if one.gradient == "partial"
+            ],
+        ),
+        (
+            "whole sequence: all-gather",
+            [
+                f"{_entry(one)}, {_along(one.along)}"
+                for one in plan.sequence_gathers
+                if one.gradient == "whole"
+            ],
+        ),
+        ("part of a sequence", [f"{one.place}, {_along(one.along)}" for one in plan.sequence_slices]),
         ("slice: own part", [f"{one.place}, cut {one.sharding.axis}" for one in plan.slices]),
         ("gather: all parts", [f"{one.place}, cut {one.sharding.axis}" for one in plan.gathers]),
         ("gradients summed", [one.name for one in plan.partial_parameters]),
@@ -257,7 +289,11 @@ def _actions(plan: Plan) -> list[str]:
     return columns(rows, right=(1,)) if rows else []
 
 
-def _entry(entry: Entry) -> str:
+def _along(along: Along) -> str:
+    return f"{along.sequence} in dimension {along.dimension}"
+
+
+def _entry(entry: Entry | SequenceGather) -> str:
     parents = {place.module.rpartition(".")[0] for place in entry.places}
     inputs = {place.path if isinstance(place, ModuleInput) else None for place in entry.places}
     if len(entry.places) > 1 and len(parents) == 1 and len(inputs) == 1 and None not in inputs:

@@ -23,7 +23,8 @@ HEADER = """\
 # parameters,  by name: the axis, the dimension that is cut, and how the axis's units lie in it:
 # buffers      "1x32x128" are 32 units of 128 indices; "outer x units x inner", parts one after the other
 # entries      values that enter what is cut: all-reduce in the backward pass
-# exits        partial sums: all-reduce in the forward pass
+# exits        partial sums: all-reduce in the forward pass; with "along", a rank gets its part of a sequence
+# sequence_*   where parts of a sequence are gathered and taken
 # calls        places in programs that the entries above and below name by a short word
 # shapes       of the model that the plan is for; another model is refused
 # repeat, each what is under each stands for all these numbers in place of the first * of its names

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -16,6 +16,7 @@ from colrow.plan.gradients import Summation
 from colrow.plan.layer_inputs import layer_inputs
 from colrow.plan.places import CallResult, ModuleOutput, Place
 from colrow.plan.plan import (
+    Along,
     Entry,
     Exit,
     Lookup,
@@ -23,9 +24,13 @@ from colrow.plan.plan import (
     OwnRandomness,
     PartialParameter,
     PartSlice,
+    SequenceGather,
+    SequenceSlice,
 )
 from colrow.plan.selection import CannotPlaceError, UnreachableError
-from colrow.plan.sites import Sites, Where
+from colrow.plan.sequence.cut import SequenceCut
+from colrow.plan.sequence.lower import along_of, but_gathered, lower_sequences
+from colrow.plan.sites import Sites, Where, merged
 from colrow.plan.states import States
 from colrow.trace.records import ModuleCall, Operation, Value
 
@@ -38,6 +43,8 @@ class Actions:
     exits: list[Exit] = field(default_factory=list)
     lookups: list[Lookup] = field(default_factory=list)
     slices: list[PartSlice] = field(default_factory=list)
+    sequence_gathers: list[SequenceGather] = field(default_factory=list)
+    sequence_slices: list[SequenceSlice] = field(default_factory=list)
     partial_parameters: list[PartialParameter] = field(default_factory=list)
     once_parameters: list[OnceParameter] = field(default_factory=list)
     randomness: list[OwnRandomness] = field(default_factory=list)
@@ -49,14 +56,18 @@ def lower(
     borders: Borders,
     reductions: Reductions,
     summations: list[Summation],
+    sequences: Sequence[SequenceCut] = (),
 ) -> Actions:
     """The actions that do it.
+
+    Args:
+        sequences: what is cut between regions.
 
     Raises:
         UnreachableError: if gradients would have to be summed where nothing can be done.
         CannotPlaceError: if something else would have to happen there.
     """
-    return _Lowering(model, states, borders, reductions, summations).run()
+    return _Lowering(model, states, borders, reductions, summations, sequences).run()
 
 
 class _Lowering:
@@ -67,9 +78,12 @@ class _Lowering:
         borders: Borders,
         reductions: Reductions,
         summations: list[Summation],
+        sequences: Sequence[SequenceCut],
     ) -> None:
         self._model, self._states, self._borders = model, states, borders
-        self._reductions, self._summations = reductions, summations
+        self._reductions = reductions
+        self._summations = but_gathered(summations, sequences)
+        self._sequences = sequences
         self._selection = states.selection
         self._sites = Sites(states.selection)
         self._actions = Actions()
@@ -82,12 +96,13 @@ class _Lowering:
         self._partial_parameters()
         self._slices()
         self._randomness()
+        lower_sequences(self._sequences, self._sites, self._actions)
         return self._actions
 
     # ---------------------------------------------------------------- forward
 
     def _lookups(self) -> None:
-        found: dict[tuple[object, ...], list[tuple[Where, str]]] = defaultdict(list)
+        found: dict[tuple[object, ...], list[tuple[Where, str, Along | None]]] = defaultdict(list)
         for operation in self._selection.trace.operations:
             if not self._selection.looks_up(operation):
                 continue
@@ -99,12 +114,12 @@ class _Lowering:
                 raise self._selection.cannot("there is no lookup in a part of such a table", operation)
             chosen = self._selection.chosen_of(table)
             assert chosen is not None
-            where = self._lookup(operation)
-            found[where.key].append((where, chosen.name))
+            where, along = self._lookup(operation), along_of(operation.outputs[0], self._sequences)
+            found[where.key].append((where, chosen.name, along))
         for group in found.values():
-            for place in self._sites.places([where for where, _ in group]):
+            for place in self._sites.places([where for where, _, _ in group]):
                 assert isinstance(place, ModuleOutput | CallResult)
-                self._actions.lookups.append(Lookup(place, group[0][1]))
+                self._actions.lookups.append(Lookup(place, group[0][1], group[0][2]))
 
     def _lookup(self, operation: Operation) -> Where:
         module, result = operation.module, operation.outputs[0]
@@ -120,14 +135,14 @@ class _Lowering:
         return Where(call.module, paths[0], True, call)
 
     def _exits(self) -> None:
-        found: dict[tuple[object, ...], list[Where]] = defaultdict(list)
+        found: dict[tuple[object, ...], list[tuple[Where, Along | None]]] = defaultdict(list)
         for one in self._reductions.all:
             where = Where(one.module, one.path, True, one.call)
-            found[where.key].append(where)
+            found[where.key].append((where, along_of(one.value, self._sequences)))
         for group in found.values():
-            for place in self._sites.places(group):
+            for place in self._sites.places([where for where, _ in group]):
                 assert isinstance(place, ModuleOutput | CallResult)
-                self._actions.exits.append(Exit(place))
+                self._actions.exits.append(Exit(place, group[0][1]))
 
     def _once(self) -> None:
         exits = {one.place for one in self._actions.exits}
@@ -188,7 +203,7 @@ class _Lowering:
                 values[where.key].add(one.value.index)
             together.append({where.key for where in acting})
         entries: list[Entry] = []
-        for keys in _merged(together):
+        for keys in merged(together):
             places: list[Place] = []
             for key in (key for key in found if key in keys):
                 with _reaching(values[key], key if found[key][0].is_result else None):
@@ -252,7 +267,10 @@ class _Lowering:
         for operation in self._selection.trace.operations:
             rule = registry.find(operation.function)
             if rule is not None and rule.random and operation.module is not None:
-                local = any(self._states.made_local(value) for value in operation.outputs)
+                local = any(
+                    self._states.made_local(value) or along_of(value, self._sequences) is not None
+                    for value in operation.outputs
+                )
                 kinds[operation.module.path].add(local)
                 if local and not self._in_training(operation):
                     always.add(operation.module.path)
@@ -282,18 +300,3 @@ def _reaching(values: Iterable[int], key: tuple[object, ...] | None = None) -> I
 def _is_inside(path: str, other: str) -> bool:
     """Whether the module at ``path`` is a part of the one at ``other``."""
     return path != other and (not other or path.startswith(f"{other}."))
-
-
-def _merged(sets: list[set[tuple[object, ...]]]) -> list[set[tuple[object, ...]]]:
-    """Sets that have a member in common become one."""
-    merged: list[set[tuple[object, ...]]] = []
-    owner: dict[tuple[object, ...], set[tuple[object, ...]]] = {}
-    for one in sets:
-        joined = set(one)
-        for other in {id(owner[key]): owner[key] for key in one if key in owner}.values():
-            joined |= other
-            merged.remove(other)
-        for key in joined:
-            owner[key] = joined
-        merged.append(joined)
-    return merged

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from os import PathLike
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from colrow.layout import Cut, DimensionLayout, TensorLayout
 from colrow.plan.places import CallArgument, CallResult, ModuleOutput, Place
@@ -44,6 +44,17 @@ class Sharding:
 
 
 @dataclass(frozen=True)
+class Along:
+    """The dimension of a value along which it is cut between regions: a sequence of any length, evenly.
+
+    ``sequence`` names it; values of one name have one length.
+    """
+
+    sequence: str
+    dimension: int
+
+
+@dataclass(frozen=True)
 class Entry:
     """I → R: one value enters a region at ``places``. One all-reduce in the backward pass.
 
@@ -63,9 +74,12 @@ class Exit:
     """P → I: the value at ``place`` is a partial sum. One all-reduce forward.
 
     At the output of a linear layer whose input features are cut, the bias is added after the reduction.
+
+    With ``along`` each rank gets a part of the sum, P → V: a reduce-scatter forward, an all-gather backward.
     """
 
     place: ModuleOutput | CallResult
+    along: Along | None = None
 
     @property
     def module(self) -> str:
@@ -77,11 +91,13 @@ class Exit:
 class Lookup:
     """A table whose rows are cut: masked lookup and one all-reduce in the forward pass.
 
-    ``place`` is the output of an ``nn.Embedding``, or the result of a call of ``F.embedding``.
+    ``place`` is the output of an ``nn.Embedding``, or the result of a call of ``F.embedding``. ``along`` is
+    as of :class:`Exit`.
     """
 
     place: ModuleOutput | CallResult
     axis: str
+    along: Along | None = None
 
     @property
     def module(self) -> str:
@@ -111,6 +127,36 @@ class Gather:
     place: ModuleOutput | CallResult
     sharding: Sharding
     always: bool = False
+
+
+@dataclass(frozen=True)
+class SequenceGather:
+    """The parts of a sequence are put together at ``places``, shared as those of an :class:`Entry`.
+
+    Attributes:
+        places: where.
+        along: the dimension.
+        gradient: ``partial``: they enter a region, V → R: an all-gather forward, a reduce-scatter backward.
+            ``whole``: for what needs the whole between regions, V → I: an all-gather forward; backward each
+            rank takes its part.
+    """
+
+    places: tuple[Place, ...]
+    along: Along
+    gradient: Literal["partial", "whole"] = "partial"
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Paths of the modules at whose input or output it acts, or within which it does."""
+        return tuple(place.module for place in self.places)
+
+
+@dataclass(frozen=True)
+class SequenceSlice:
+    """I → V: each rank goes on with its part of the sequence. Backward, an all-gather."""
+
+    place: Place
+    along: Along
 
 
 @dataclass(frozen=True)
@@ -203,6 +249,7 @@ class Plan:
         axes: by name.
         parameters, buffers: by fully qualified name; what is not named stays replicated.
         entries, exits, lookups, slices, gathers: what happens to values.
+        sequence_gathers, sequence_slices: what happens to values that are cut along a sequence.
         partial_parameters, once_parameters: what happens to replicated parameters.
         attributes, integers: numbers that become local.
         randomness: modules whose random numbers differ by rank.
@@ -225,6 +272,8 @@ class Plan:
     lookups: tuple[Lookup, ...] = ()
     slices: tuple[PartSlice, ...] = ()
     gathers: tuple[Gather, ...] = ()
+    sequence_gathers: tuple[SequenceGather, ...] = ()
+    sequence_slices: tuple[SequenceSlice, ...] = ()
     partial_parameters: tuple[PartialParameter, ...] = ()
     once_parameters: tuple[OnceParameter, ...] = ()
     attributes: tuple[LocalAttribute, ...] = ()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from math import prod
 
 import torch
@@ -17,6 +17,8 @@ from colrow.plan.gradients import Summation
 from colrow.plan.plan import Sharding
 from colrow.plan.prediction import Direction, PredictedCollective, Prediction
 from colrow.plan.selection import Selection
+from colrow.plan.sequence.cut import SequenceCut
+from colrow.plan.sequence.lower import but_gathered
 from colrow.plan.sites import Sites
 from colrow.plan.states import States
 from colrow.trace.records import ModuleCall, Value
@@ -30,13 +32,15 @@ def predict(
     summations: list[Summation],
     parameters: Mapping[str, Sharding],
     frozen: Collection[str] = (),
+    sequences: Sequence[SequenceCut] = (),
 ) -> Prediction:
     """Collectives of every traced run, and parameters of every rank.
 
     Args:
         frozen: names of parameters that are not trained: what only they would need is not communicated.
+        sequences: what is cut between regions.
     """
-    return _Predictor(selection, states, borders, reductions, summations, parameters, frozen).run()
+    return _Predictor(selection, states, borders, reductions, summations, parameters, frozen, sequences).run()
 
 
 _LOSSES = ("aten._log_softmax", "aten.log_softmax")
@@ -63,23 +67,26 @@ class _Predictor:
         summations: list[Summation],
         parameters: Mapping[str, Sharding],
         frozen: Collection[str],
+        sequences: Sequence[SequenceCut],
     ) -> None:
         self._flow = GradientFlow(selection.trace, frozen)
         self._selection, self._states, self._borders = selection, states, borders
-        self._reductions, self._summations, self._parameters = reductions, summations, parameters
+        self._reductions, self._parameters = reductions, parameters
+        self._summations = but_gathered(summations, sequences)
+        self._sequences = sequences
+        self._scattered = {index for sequence in sequences for index in sequence.scattered}
         self._found: Counter[_Kind] = Counter()
 
     def run(self) -> Prediction:
         for one in self._reductions.all:
             holder = one.module if one.call is not None else one.module.parent
             varies = self._on_guesses(holder)
-            self._add(one.value, "forward", "all-reduce", f"exit {one.module.path}", one.module.first, varies)
+            self._sum(one.value, f"exit {one.module.path}", one.module.first, varies)
         for operation in self._selection.trace.operations:
             if self._selection.looks_up(operation) and self._states.is_local(operation.inputs[0]):
                 path = operation.module.path if operation.module is not None else ""
                 varies = self._on_guesses(operation.module)
-                label = f"lookup {path}"
-                self._add(operation.outputs[0], "forward", "all-reduce", label, operation.index, varies)
+                self._sum(operation.outputs[0], f"lookup {path}", operation.index, varies)
         for value, module in self._borders.gathered:
             self._add(value, "forward", "all-gather", f"gather {module.path}", module.first)
         for value, module in self._borders.unread:
@@ -88,6 +95,7 @@ class _Predictor:
             self._loss(value, module)
         self._shared_gradients()
         self._slices()
+        self._along_sequences()
         for summation in self._summations:
             operation = summation.operations[0]
             path = operation.module.path if operation.module is not None else ""
@@ -96,6 +104,33 @@ class _Predictor:
             for mode in self._modes(summation):
                 self._count(mode, summation.value, "backward", "all-reduce", f"enter {path}", varies)
         return Prediction(self._collectives(), *self._sizes())
+
+    def _sum(self, value: Value, label: str, at: int, varies: bool) -> None:
+        """A partial sum that becomes whole, or each rank's part of a sequence."""
+        if value.index not in self._scattered:
+            self._add(value, "forward", "all-reduce", label, at, varies)
+            return
+        self._add(value, "forward", "reduce-scatter", label, at, varies)
+        if self._flow.reaches(value):
+            self._add(value, "backward", "all-gather", label, at, varies)
+
+    def _along_sequences(self) -> None:
+        """What sequences that are cut between regions need besides."""
+        for sequence in self._sequences:
+            for crossing in sequence.crossings:
+                value, at = crossing.value, crossing.operations[0].index
+                varies = self._made_on_guesses(value)
+                has_gradient = self._flow.reaches(value) and any(map(self._flow.through, crossing.operations))
+                if crossing.way != "slice":
+                    self._add(value, "forward", "all-gather", f"gather {sequence.name}", at, varies)
+                    if has_gradient and crossing.way == "partial":
+                        self._add(value, "backward", "reduce-scatter", f"gather {sequence.name}", at, varies)
+                elif has_gradient:
+                    self._add(value, "backward", "all-gather", f"slice {sequence.name}", at, varies)
+            for root, _, value, _ in sequence.returned:
+                self._add(value, "forward", "all-gather", f"gather {sequence.name}", root.first)
+            for value, operations in (*sequence.partial, *sequence.entered):
+                self._summations.append(Summation(value, operations, False))
 
     def _loss(self, logits: Value, module: ModuleCall) -> None:
         """What happens between logits and their losses, of which there may be several.

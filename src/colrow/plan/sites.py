@@ -222,3 +222,18 @@ class Sites:
 
 def _key(call: FunctionCall) -> tuple[str, int, int]:
     return (call.module.path, id(call.site.code), call.site.instruction)
+
+
+def merged(sets: list[set[tuple[object, ...]]]) -> list[set[tuple[object, ...]]]:
+    """Sets that have a member in common become one."""
+    found: list[set[tuple[object, ...]]] = []
+    owner: dict[tuple[object, ...], set[tuple[object, ...]]] = {}
+    for one in sets:
+        joined = set(one)
+        for other in {id(owner[key]): owner[key] for key in one if key in owner}.values():
+            joined |= other
+            found.remove(other)
+        for key in joined:
+            owner[key] = joined
+        found.append(joined)
+    return found

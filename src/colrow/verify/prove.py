@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from types import ModuleType
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from torch import nn
@@ -29,6 +29,7 @@ from colrow.verify.exchange import Exchange, RanksRaised
 from colrow.verify.inputs import Examples, examples_by_mode, prepared
 from colrow.verify.measure import TOLERANCES
 from colrow.verify.models import build_pair
+from colrow.verify.precision import one_precision
 from colrow.verify.report import Check, Report
 from colrow.verify.run import Runner
 from colrow.verify.verification import Verification
@@ -49,6 +50,7 @@ def verify(
     steps: int = 3,
     dtype: torch.dtype = torch.float64,
     share: Sequence[float] | None = None,
+    sequence: bool | Literal["auto"] = False,
     registry: Callable[[], Registry] | None = None,
     seed: int = 0,
     timeout: float = 600.0,
@@ -72,6 +74,8 @@ def verify(
         steps: of the optimizer; 0 for none.
         dtype: float64, or float32 with a wider tolerance.
         share: relative size of each rank's part; default: balanced.
+        sequence: whether what lies between regions is cut along the sequence, as :func:`colrow.parallelize`
+            says.
         registry: a function of a module that gives the rules of operators, where the model has some of its
             own; see :func:`colrow.rule`.
         seed: of the weights, where the model is made by a function, and of everything random.
@@ -85,7 +89,7 @@ def verify(
             :func:`verify_on_ranks`.
         LaunchError: if a process failed, no plan could be made, or the original model cannot be run.
     """
-    _check(dtype, steps, share, plan)
+    _check(dtype, steps, share, sequence, plan)
     if under_launcher():
         raise ValueError(
             "this process is one of several ranks, and cannot start others: call "
@@ -96,6 +100,7 @@ def verify(
         "steps": steps,
         "dtype": dtype,
         "share": share,
+        "sequence": sequence,
         "registry": registry,
         "seed": seed,
     }
@@ -139,6 +144,7 @@ def verify_on_ranks(
     steps: int = 3,
     dtype: torch.dtype = torch.float64,
     share: Sequence[float] | None = None,
+    sequence: bool | Literal["auto"] = False,
     registry: Registry | None = None,
     seed: int = 0,
 ) -> Report:
@@ -160,7 +166,7 @@ def verify_on_ranks(
         PlanError: if no plan can be made, or it cannot be applied.
         RankFailure: if a rank has died.
     """
-    _check(dtype, steps, share, plan)
+    _check(dtype, steps, share, sequence, plan)
     if mesh.device_type != "cpu":
         raise ValueError("models are compared on CPUs: make the mesh with colrow.init_mesh(device='cpu')")
     begin = time.perf_counter()
@@ -172,7 +178,10 @@ def verify_on_ranks(
         # a plan predicts bytes for what it is shown
         modes = {mode: prepared(one, dtype, differentiable=False) for mode, one in given.items()}
         started = time.perf_counter()
-        the_plan = _all_or_none(exchange, cut, lambda: _plan(cut, modes, ranks.size, plan, share, registry))
+        with one_precision(dtype):  # a plan predicts bytes for the numbers that it is shown
+            the_plan = _all_or_none(
+                exchange, cut, lambda: _plan(cut, modes, ranks.size, plan, share, sequence, registry)
+            )
         plan_seconds = time.perf_counter() - started
         alike = all(other == the_plan for other in exchange.gather(the_plan))
         _all_or_none(exchange, cut, lambda: parallelize(cut, mesh, the_plan))
@@ -196,7 +205,11 @@ def verify_on_ranks(
 
 
 def _check(
-    dtype: torch.dtype, steps: int, share: Sequence[float] | None, plan: Plan | HandPlan | None
+    dtype: torch.dtype,
+    steps: int,
+    share: Sequence[float] | None,
+    sequence: bool | Literal["auto"],
+    plan: Plan | HandPlan | None,
 ) -> None:
     if dtype not in TOLERANCES:
         raise ValueError(f"models are compared in torch.float64 or torch.float32, not in {dtype}")
@@ -204,6 +217,8 @@ def _check(
         raise ValueError(f"steps must be at least 0, not {steps}")
     if share is not None and isinstance(plan, Plan):
         raise ValueError("share is for plans that are yet to be made: this one has its cuts")
+    if sequence and plan is not None:
+        raise ValueError("sequence is for plans that are derived: this one says what is cut")
 
 
 def _plan(
@@ -212,13 +227,14 @@ def _plan(
     ranks: int,
     plan: Plan | HandPlan | None,
     share: Sequence[float] | None,
+    sequence: bool | Literal["auto"],
     registry: Registry | None,
 ) -> Plan:
     if isinstance(plan, Plan):
         return plan
     if isinstance(plan, HandPlan):
         return plan.resolve(model, ranks, share)
-    return derive_plan(model, examples, ranks, share=share, registry=registry)
+    return derive_plan(model, examples, ranks, share=share, sequence=sequence, registry=registry)
 
 
 def _all_or_none(exchange: Exchange, model: nn.Module, work: Callable[[], T]) -> T:
