@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections import defaultdict
 from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Any, Literal, cast
 
@@ -13,13 +12,12 @@ from torch import Tensor, nn
 from colrow.apply.calls import CallTable, local_number
 from colrow.apply.fast_path import keep_off_fast_path
 from colrow.apply.loss import ParallelLoss
+from colrow.apply.parameters import change_readers, shard
 from colrow.apply.parts import Part, TakePart, TakeWhole
 from colrow.apply.regions import Forgetting, Scope, common_module, find_regions
 from colrow.apply.sequence import GatherSequence, ScatterSequence, SequenceLength, SliceSequence
-from colrow.apply.shadow import Holders, Shadow
-from colrow.apply.shared import SharedPart
 from colrow.apply.values import Change, ModuleTable
-from colrow.collectives import AllReduce, Communicator, Enter, FirstRankOnly
+from colrow.collectives import AllReduce, Communicator, Enter
 from colrow.forwards import Watch
 from colrow.layers import (
     SharedEntry,
@@ -109,8 +107,8 @@ class Applier:
                 vars(module).update(sizes[id(module)])
         if plan.by_hand:
             self._regions(entries)
-        self._shard()
-        self._parameters()
+        shard(self._model, self._ranks, plan)
+        change_readers(self._model, self._ranks, plan)
         for piece in plan.slices:
             self._change(piece.place, TakePart(*self._placed_part(piece.place, piece.sharding)))
         for gather in plan.gathers:
@@ -143,54 +141,6 @@ class Applier:
         """The modules that hold parts of a parameter named ``weight``."""
         paths = [name.rpartition(".") for name in self._plan.parameters]
         return [self._model.get_submodule(path) for path, _, leaf in paths if leaf == "weight"]
-
-    def _shard(self) -> None:
-        """Cut what no layer has cut: the model's own code reads it as it is."""
-        plan = self._plan
-        named: dict[str, Tensor] = dict(self._model.named_parameters(remove_duplicate=False))
-        for name in plan.parameters:
-            parameter = named[name]
-            layout = plan.tensor_layout(name, plan.shapes[name])
-            if tuple(parameter.shape) == layout.shape != layout.local_shape(self._ranks.rank):
-                parameter.data = layout.slice(parameter.data, self._ranks.rank)
-                parameter.grad = None
-        for name in plan.buffers:
-            path, _, leaf = name.rpartition(".")
-            module = self._model.get_submodule(path)
-            buffer = cast(Tensor, getattr(module, leaf))
-            layout = plan.tensor_layout(name, tuple(buffer.shape))
-            setattr(module, leaf, layout.slice(buffer, self._ranks.rank))
-
-    def _parameters(self) -> None:
-        """Replicated parameters whose gradients are summed, or that one rank adds."""
-        found: dict[str, list[tuple[Holders, Change]]] = defaultdict(list)
-        for partial in self._plan.partial_parameters:
-            found[partial.reader].append((self._holders(partial.name), self._summing(partial.name)))
-        for once in self._plan.once_parameters:
-            collective = FirstRankOnly(self._ranks, f"parameter {once.name}", "I")
-            found[once.reader].append((self._holders(once.name), collective))
-        for reader, parameters in found.items():
-            Shadow(parameters).attach(self._model.get_submodule(reader))
-
-    def _summing(self, name: str) -> Change:
-        """What sums a parameter's gradient: over all ranks, or over those that share parts of it."""
-        label = f"parameter {name}"
-        sharding = self._plan.parameters.get(name)
-        if sharding is None:
-            return Enter(self._ranks, label)
-        cut = self._plan.axes[sharding.axis].cut
-        return SharedPart(self._ranks, label, sharding.dimension, sharding.layout, cut)
-
-    def _holders(self, name: str) -> Holders:
-        """The modules that hold a parameter, which may be tied, with its name in each."""
-        path, _, leaf = name.rpartition(".")
-        parameter = self._model.get_submodule(path)._parameters[leaf]
-        return tuple(
-            (module, leaf)
-            for module in self._model.modules()
-            for leaf, own in module._parameters.items()
-            if own is parameter
-        )
 
     # ---------------------------------------------------------------- regions
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from math import prod
 
@@ -96,10 +96,12 @@ class _Predictor:
         self._shared_gradients()
         self._slices()
         self._along_sequences()
+        self._partial_parameters()
         for summation in self._summations:
+            if summation.value.source.kind == "parameter":
+                continue
             operation = summation.operations[0]
             path = operation.module.path if operation.module is not None else ""
-            path = summation.value.source.name or path
             varies = self._made_on_guesses(summation.value)
             for mode in self._modes(summation):
                 self._count(mode, summation.value, "backward", "all-reduce", f"enter {path}", varies)
@@ -203,18 +205,32 @@ class _Predictor:
                             mode, "backward", "all-reduce", label, size, value.dtype, members, varies
                         )
 
-    def _modes(self, summation: Summation) -> list[str]:
-        """The runs in which a value's gradient is summed; a parameter's may be in several."""
-        modes: list[str] = []
-        if not self._flow.reaches(summation.value):
-            return modes
-        flowing = [one for one in summation.operations if self._flow.through(one)]
+    def _partial_parameters(self) -> None:
+        """Gradients of replicated parameters that are read in regions: summed together, by their types."""
         for mode, root in self._selection.trace.runs:
-            inside = [one for one in flowing if root.first <= one.index < root.last]
-            readers = {one.module.index for one in inside if one.module is not None}
-            is_parameter = summation.value.source.kind == "parameter"
-            modes += [mode] * (len(readers) if is_parameter else bool(inside))
-        return modes
+            found: dict[torch.dtype, dict[int, Value]] = defaultdict(dict)
+            for one in self._summations:
+                flows = any(
+                    root.first <= use.index < root.last for use in one.operations if self._flow.through(use)
+                )
+                if one.value.source.kind == "parameter" and self._flow.reaches(one.value) and flows:
+                    found[one.value.dtype][one.value.index] = one.value
+            for dtype, values in found.items():
+                shape = (sum(prod(value.shape) for value in values.values()),)
+                varies = any(map(self._made_on_guesses, values.values()))
+                label = "parameters read in regions"
+                self._count_one(mode, "backward", "all-reduce", label, shape, dtype, (), varies)
+
+    def _modes(self, summation: Summation) -> list[str]:
+        """The runs in which a value's gradient is summed."""
+        if not self._flow.reaches(summation.value):
+            return []
+        flowing = [one for one in summation.operations if self._flow.through(one)]
+        return [
+            mode
+            for mode, root in self._selection.trace.runs
+            if any(root.first <= one.index < root.last for one in flowing)
+        ]
 
     def _on_guesses(self, module: ModuleCall | None) -> bool:
         """Whether what the module's code does depends on data that was guessed."""
