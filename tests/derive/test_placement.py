@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from colrow.plan import CallResult, ModuleOutput, Plan, derive_plan
 from colrow.trace import Example
+from colrow.verify import verify_on_ranks
 from tests.benchmarks.builders import load
+from tests.pool import Pool, worker_mesh
 
 
 def _plan(name: str, ranks: int = 2) -> Plan:
@@ -55,6 +59,35 @@ def test_experts_are_left_together(name: str) -> None:
     layers = 3 if name.startswith("deepseek") else 2
     assert len(plan.exits) <= 2 * layers
     assert not any(".experts." in one.module for one in plan.exits)
+
+
+class DenseExperts(nn.Module):
+    """All experts see all tokens, and their weighted results are added up before the residual is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(12, 4)
+        self.up, self.down = nn.Parameter(torch.rand(4, 12, 20)), nn.Parameter(torch.rand(4, 20, 12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = self.router(x).softmax(-1)
+        results = torch.bmm(torch.bmm(x.expand(4, -1, -1), self.up).relu(), self.down)
+        return x + (results * weights.t()[..., None]).sum(0)
+
+
+def _dense_experts(size: int) -> Plan:
+    torch.manual_seed(0)
+    examples = {"training": Example((torch.randn(10, 12),))}
+    report = verify_on_ranks(DenseExperts(), examples, worker_mesh(size))
+    report.raise_if_different()
+    return report.plan
+
+
+def test_weighted_experts_are_reduced_when_they_have_been_added(ranks: Callable[[int], Pool]) -> None:
+    plan = ranks(3).run(_dense_experts, 3)[0]
+    assert plan.prediction is not None
+    exits = [one for one in plan.prediction.collectives if one.label.startswith("exit")]
+    assert [(one.shape, one.count) for one in exits] == [((10, 12), 1)]
 
 
 def test_norms_of_heads_get_summed_gradients() -> None:

@@ -139,14 +139,15 @@ class _Search:
         # a hook on a module costs less than looking for a call; inner modules run on more paths than outer
         limit = inside.cost if not calls else inside.cost * (1 + 1e-9)
         best = outside if outside is not None and outside.cost < limit else inside
-        if best is inside and sum(choice.cost > 0 for _, choice in parts) > 1:
+        if best is inside and inside.cost:
             best = self._where_they_meet(module, inside.cost) or inside
         return best
 
     def _where_they_meet(self, module: ModuleCall, limit: float) -> _Choice | None:
         """Reduce all partial sums of a module together where its own code adds them up.
 
-        As a parallel block does before it adds what came in: attention, feed-forward and residual.
+        As a parallel block does before it adds what came in: attention, feed-forward and residual; or a layer
+        of experts, whose weighted results are added before what came in is.
         """
         last = max(
             operation.index
@@ -154,7 +155,7 @@ class _Search:
             if self._linearity.is_source(operation)
         )
         for call in self._calls[module.index]:
-            if call.last <= last:
+            if call.last <= last or _AT_CALL * sum(map(self._volumes.of, values_in(call.outputs))) >= limit:
                 continue
             found = self._at(module.first, call.last, paths_of(call.outputs), call)
             if found is not None and found.cost * _AT_CALL < limit:
@@ -224,6 +225,11 @@ class _Search:
 def _rebinds(call: FunctionCall) -> bool:
     """Whether the call is an operator, as in ``x += y``: then the name ``x`` gets its result."""
     return dis.opname[call.site.code.co_code[call.site.instruction]].startswith(("BINARY_OP", "INPLACE"))
+
+
+def values_in(item: Any) -> list[Value]:
+    """The values in a nesting of a trace."""
+    return [value for _, value in paths_of(item)]
 
 
 def paths_of(item: Any) -> list[tuple[Path, Value]]:
