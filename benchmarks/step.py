@@ -9,6 +9,10 @@ Variants, all in one run:
 - the same with every collective replaced by this rank's own values: the numbers are wrong, the time shows
   what the step would cost if communication were free.
 
+The model ``tiny`` has products that take no time: what it costs is overhead (with ``--steps 50``). It is
+compared with one process, and with as many at once as there are ranks: also without any communication they
+take more CPU time together, as they share caches and memory.
+
 Machines are noisy, so every round runs every variant, in rotating order, and what is quoted are medians over
 rounds. Ratios are taken within a round, between variants that ran within seconds of each other. The
 processes of all variants live throughout and wait while others run, so memory for all is needed at once.
@@ -38,7 +42,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from step_worker import BATCH, HEADS, HIDDEN, LAYERS, SEQUENCE, VOCABULARY, Measured, Variant, serve
+from step_worker import SIZES, Measured, Variant, serve
 
 ANSWER_SECONDS = 600.0
 QUIET = 0.05
@@ -51,11 +55,13 @@ LOSS_TOLERANCE = 1e-4
 class Round:
     """One variant in one round: medians over steps; of several ranks the slowest, for CPU time the mean.
 
+    ``cpu_in_collectives`` are milliseconds of it, see :class:`Measured`.
     ``elsewhere`` is the share of all cores that other programs took meanwhile; ``None`` if unknown.
     """
 
     milliseconds: float
     cpu_milliseconds: float
+    cpu_in_collectives: float
     peak_megabytes: float
     loss: float
     elsewhere: float | None
@@ -140,6 +146,7 @@ def summarise(measured: Sequence[Measured], elsewhere: float | None) -> Round:
     return Round(
         milliseconds=statistics.median(slowest) * 1e3,
         cpu_milliseconds=cpu * 1e3,
+        cpu_in_collectives=statistics.fmean(one.cpu_collectives for one in measured) * 1e3,
         peak_megabytes=max(one.peak_megabytes for one in measured),
         loss=measured[0].loss,
         elsewhere=elsewhere,
@@ -176,6 +183,11 @@ def ratio(of: Sequence[Round], to: Sequence[Round]) -> tuple[float, float, float
     return statistics.median(ratios), min(ratios), max(ratios)
 
 
+def cpu_ratio(of: Sequence[Round], to: Sequence[Round]) -> float:
+    """Median over rounds of the CPU time per rank of one variant over the other's."""
+    return statistics.median(a.cpu_milliseconds / b.cpu_milliseconds for a, b in zip(of, to, strict=True))
+
+
 def check_losses(variants: Sequence[Variant], found: dict[str, list[Round]]) -> str | None:
     """Why the times are worthless, if the variants that communicate did not all train the same model."""
     reference = found[variants[0].name]
@@ -203,11 +215,13 @@ def summary(
             "threads": variant.threads,
             "step_ms": statistics.median(one.milliseconds for one in rounds),
             "cpu_ms_per_rank": statistics.median(one.cpu_milliseconds for one in rounds),
+            "cpu_ms_in_collectives": statistics.median(one.cpu_in_collectives for one in rounds),
             "peak_mb_per_rank": max(one.peak_megabytes for one in rounds),
             "collectives_per_step": sum(count for count, _ in collectives.values()),
             "payload_bytes_per_step": sum(size for _, size in collectives.values()),
             "by_operation": {name: list(values) for name, values in collectives.items()},
             "ratio_to": {other.name: ratio(rounds, found[other.name]) for other in variants},
+            "cpu_ratio_to": {other.name: cpu_ratio(rounds, found[other.name]) for other in variants},
         }
     return result
 
@@ -216,7 +230,15 @@ def tables(variants: Sequence[Variant], results: dict[str, dict[str, Any]], titl
     """What each variant takes, and its time over that of each of the others."""
     taken = Table(title=title, box=box.SIMPLE_HEAVY, title_justify="left")
     taken.add_column("variant", no_wrap=True)
-    headings = ("step\nms", "CPU ms\nper rank", "peak MB\nper rank", "collec-\ntives", "payload\nMB")
+    headings = (
+        "step\nms",
+        "CPU ms\nper rank",
+        "over 1st,\n2nd",
+        "in collec-\ntives",
+        "peak MB\nper rank",
+        "collec-\ntives",
+        "payload\nMB",
+    )
     for heading in headings:
         taken.add_column(heading, justify="right")
     ratios = Table(title="step time of row over column: median (range)", box=box.SIMPLE_HEAVY)
@@ -230,6 +252,8 @@ def tables(variants: Sequence[Variant], results: dict[str, dict[str, Any]], titl
             variant.name,
             f"{row['step_ms']:.1f}",
             f"{row['cpu_ms_per_rank']:.1f}",
+            " ".join(f"{row['cpu_ratio_to'][other.name]:.2f}" for other in variants[:2]),
+            f"{row['cpu_ms_in_collectives']:.2f}",
             f"{row['peak_mb_per_rank']:.0f}",
             f"{row['collectives_per_step']:g}",
             f"{row['payload_bytes_per_step'] / 1e6:.1f}",
@@ -257,7 +281,7 @@ def environment() -> dict[str, Any]:
 def main(arguments: list[str]) -> int:
     """Measure, print and write; 1 if the variants do not compute the same loss or a process fails."""
     parser = argparse.ArgumentParser(description="Time, memory and communication of one training step.")
-    parser.add_argument("--model", choices=("gpt", "llama"), default="gpt")
+    parser.add_argument("--model", choices=tuple(SIZES), default="gpt")
     parser.add_argument("--tp", type=int, default=2, help="ranks that share the model (default: 2)")
     parser.add_argument("--rounds", type=int, default=5, help="rounds over all variants (default: 5)")
     parser.add_argument("--steps", type=int, default=5, help="steps per variant and round (default: 5)")
@@ -269,7 +293,10 @@ def main(arguments: list[str]) -> int:
             parser.error(f"--{name} must be at least 1")
     variants = [
         Variant("1 process, 1 thread", 0, 1),
-        Variant("1 process, 2 threads", 0, 2),
+        # for overhead: processes that share memory and caches as the ranks do, and have no business together
+        Variant(f"{options.tp} processes alone", 0, 1, copies=options.tp)
+        if options.model == "tiny"
+        else Variant("1 process, 2 threads", 0, 2),
         Variant(f"tp={options.tp}", options.tp, 1),
         Variant(f"tp={options.tp}, no exchange", options.tp, 1, communicates=False),
     ]
@@ -291,14 +318,7 @@ def main(arguments: list[str]) -> int:
     if options.output:
         record = {
             "options": {name: str(value) for name, value in vars(options).items()},
-            "sizes": {
-                "layers": LAYERS,
-                "hidden": HIDDEN,
-                "heads": HEADS,
-                "vocabulary": VOCABULARY,
-                "sequence": SEQUENCE,
-                "batch": BATCH,
-            },
+            "sizes": asdict(SIZES[options.model]),
             "environment": environment(),
             "equal_losses": fault is None,
             "variants": results,

@@ -20,30 +20,53 @@ import colrow
 from colrow.apply import parallelize
 from colrow.collectives import Communicator, Pending
 from colrow.model import calls_for
+from colrow.transport import SharedGroup
 
-LAYERS, HIDDEN, HEADS, VOCABULARY, SEQUENCE, BATCH = 4, 512, 8, 8192, 256, 4
-KEY_VALUE_HEADS, FEED_FORWARD = 4, 1408  # of the Llama; the GPT's feed-forward is 4 x HIDDEN
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of a model and its batch; the feed-forward of the GPT is 4 x ``hidden``."""
+
+    layers: int
+    hidden: int
+    heads: int
+    key_value_heads: int
+    feed_forward: int
+    vocabulary: int
+    sequence: int
+    batch: int
+
+
+SIZES = {
+    "gpt": Sizes(4, 512, 8, 8, 2048, 8192, 256, 4),
+    "llama": Sizes(4, 512, 8, 4, 1408, 8192, 256, 4),
+    # nothing but overhead: a Llama whose products take no time
+    "tiny": Sizes(4, 64, 4, 2, 176, 512, 8, 1),
+}
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to run the step. ``ranks`` of 0 means one process without colrow."""
+    """A way to run the step. ``ranks`` of 0 means one process without colrow, or ``copies`` at once."""
 
     name: str
     ranks: int
     threads: int
     communicates: bool = True
+    compiled: bool = False
+    copies: int = 1
 
     @property
     def processes(self) -> int:
-        return max(1, self.ranks)
+        return self.ranks or self.copies
 
 
 @dataclass
 class Measured:
     """What one process measured in one round: per step seconds and CPU seconds; the loss of the last step.
 
-    ``cpu_total`` counts all CPU seconds, also those between the steps.
+    ``cpu_total`` counts all CPU seconds, also those between the steps, ``cpu_collectives`` those of a step in
+    reductions through shared memory: summing, and waiting for other ranks without giving up the processor.
     """
 
     seconds: list[float]
@@ -51,6 +74,7 @@ class Measured:
     cpu_total: float
     loss: float
     peak_megabytes: float
+    cpu_collectives: float = 0.0
     collectives: dict[str, tuple[float, float]] = field(default_factory=dict)
     """Count and bytes per step by operation."""
 
@@ -61,13 +85,14 @@ def build_model(name: str) -> nn.Module:
 
     transformers.logging.set_verbosity_error()
     torch.manual_seed(0)
+    sizes = SIZES[name]
     if name == "gpt":
         gpt = transformers.GPT2Config(
-            n_layer=LAYERS,
-            n_embd=HIDDEN,
-            n_head=HEADS,
-            vocab_size=VOCABULARY,
-            n_positions=SEQUENCE,
+            n_layer=sizes.layers,
+            n_embd=sizes.hidden,
+            n_head=sizes.heads,
+            vocab_size=sizes.vocabulary,
+            n_positions=sizes.sequence,
             activation_function="gelu",
             resid_pdrop=0.0,
             embd_pdrop=0.0,
@@ -79,13 +104,13 @@ def build_model(name: str) -> nn.Module:
         )
         return transformers.GPT2LMHeadModel(gpt)
     llama = transformers.LlamaConfig(
-        num_hidden_layers=LAYERS,
-        hidden_size=HIDDEN,
-        num_attention_heads=HEADS,
-        num_key_value_heads=KEY_VALUE_HEADS,
-        intermediate_size=FEED_FORWARD,
-        vocab_size=VOCABULARY,
-        max_position_embeddings=SEQUENCE,
+        num_hidden_layers=sizes.layers,
+        hidden_size=sizes.hidden,
+        num_attention_heads=sizes.heads,
+        num_key_value_heads=sizes.key_value_heads,
+        intermediate_size=sizes.feed_forward,
+        vocab_size=sizes.vocabulary,
+        max_position_embeddings=sizes.sequence,
         tie_word_embeddings=False,
         use_cache=False,
     )
@@ -122,6 +147,23 @@ def silence_collectives() -> None:
         setattr(Communicator, name, replacement)
 
 
+class CollectiveClock:
+    """Counts this thread's CPU seconds within reductions through shared memory."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        reduce = SharedGroup.all_reduce
+
+        def timed(group: SharedGroup, source: Tensor, result: Tensor, reduction: str = "sum") -> None:
+            begin = time.thread_time()
+            try:
+                reduce(group, source, result, reduction)
+            finally:
+                self.seconds += time.thread_time() - begin
+
+        SharedGroup.all_reduce = timed  # type: ignore[assignment, method-assign]
+
+
 def peak_megabytes() -> float:
     """Highest resident memory of this process so far."""
     status = Path("/proc/self/status")
@@ -136,24 +178,30 @@ class Trainer:
     """A model, its optimizer and data, in one process of one variant."""
 
     def __init__(self, variant: Variant, model_name: str) -> None:
-        self.variant = variant
+        self.variant, self.sizes = variant, SIZES[model_name]
         self.model = build_model(model_name)
+        self.clock = CollectiveClock()
         if variant.ranks:
             mesh = colrow.init_mesh(tp=variant.ranks, device="cpu")
             parallelize(self.model, mesh, calls_for(self.model))
             if not variant.communicates:
                 silence_collectives()
         self.model.train()
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
+        if variant.compiled:
+            self.model.compile()
+        # the fused one where nothing but overhead is measured: the other's would hide it
+        fused = True if model_name == "tiny" else None
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3, fused=fused)
         self.generator = torch.Generator().manual_seed(1)
 
     def run(self, steps: int) -> Measured:
         """Train ``steps`` steps; ranks start each of them together."""
         seconds, cpu_seconds, loss = [], [], torch.zeros(())
         colrow.reset_comm_stats()
-        cpu_first = time.process_time()
+        cpu_first, self.clock.seconds = time.process_time(), 0.0
         for _ in range(steps):
-            tokens = torch.randint(VOCABULARY, (BATCH, SEQUENCE), generator=self.generator)
+            shape = (self.sizes.batch, self.sizes.sequence)
+            tokens = torch.randint(self.sizes.vocabulary, shape, generator=self.generator)
             if self.variant.ranks > 1:
                 dist.barrier()  # torch's own: not counted, and not silenced
             cpu_begin, begin = time.process_time(), time.perf_counter()
@@ -169,7 +217,8 @@ class Trainer:
         for operation in sorted({key[0] for key in stats.tallies}):
             tally = stats.where(operation=operation)
             moved[operation] = (tally.count / steps, tally.bytes / steps)
-        return Measured(seconds, cpu_seconds, cpu_total, loss.item(), peak_megabytes(), moved)
+        collectives = self.clock.seconds / steps
+        return Measured(seconds, cpu_seconds, cpu_total, loss.item(), peak_megabytes(), collectives, moved)
 
 
 def serve(variant: Variant, rank: int, port: int, model_name: str, connection: Connection) -> None:

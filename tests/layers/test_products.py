@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 from transformers.pytorch_utils import Conv1D
 
 import colrow
@@ -132,6 +135,44 @@ def test_layers_equal_whole_ones(ranks: Callable[[int], Pool], size: int, kind: 
     counts = ranks(size).run(_layers, size, kind, shared, kind == "conv1d" or not shared)
     # two layers: forward, both gradients of each, and forward once more
     assert counts == [8] * size
+
+
+def _compiled(kind: str) -> list[str]:
+    """Forward and gradients of compiled layers, and which operators are in their graphs."""
+    mesh = worker_mesh(2)
+    torch.manual_seed(0)
+    first, second = LAYERS[kind](24, 18, True), LAYERS[kind](18, 24, True)
+    column_parallel(first, mesh)
+    row_parallel(second, mesh)
+    assert isinstance(first, ColumnParallel)
+    assert isinstance(second, RowParallel)
+    first.products = second.products = Products(1)
+    x = torch.randn(2, 5, 24)
+    expected = _run(first, second, x.clone().requires_grad_())
+    graphs: list[str] = []
+
+    def compiler(graph: Any, inputs: Any) -> Any:
+        graphs.extend(str(node.target) for node in graph.graph.nodes)
+        return make_boxed_func(graph.forward)
+
+    torch._dynamo.reset()
+    backend = aot_autograd(fw_compiler=compiler, bw_compiler=compiler)
+    compiled = torch.compile(lambda x: second(torch.tanh(first(x))), fullgraph=True, backend=backend)
+    z = x.clone().requires_grad_()
+    y = compiled(z)
+    parameters = [*first.parameters(), *second.parameters()]
+    found = [y, *torch.autograd.grad(y.square().sum(), [z, *parameters])]
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    return [name for name in graphs if "onednn" in name or "mm" in name]
+
+
+@needs_onednn
+@pytest.mark.parametrize("kind", LAYERS)
+def test_compiled_layers_multiply_alike(ranks: Callable[[int], Pool], kind: str) -> None:
+    for names in ranks(2).run(_compiled, kind):
+        assert set(names) == {"colrow.onednn.default"}
+        assert len(names) >= 6
 
 
 def _agreed() -> list[int | None]:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from colrow.collectives import AllReduce, Communicator, Enter
-from colrow.layers.products import Products, onednn
+from colrow.layers.products import Products, compiled_onednn, onednn
 
 FEATURES_PER_BLOCK = 1024
 """Of so many output features at a time a gradient of a weight is added to others."""
@@ -48,10 +48,12 @@ def local_linear(
         out_first: whether the weight is [out, in], as that of ``nn.Linear``; else as that of ``Conv1D``.
         products: who multiplies.
     """
-    if torch.compiler.is_compiling() or type(x) is not Tensor or not _goes_to_onednn(products, x, weight):
+    if type(x) is not Tensor or not _goes_to_onednn(products, x, weight):
         return product(x, weight, bias, out_first)
     if torch.is_autocast_enabled(x.device.type):
         return product(x, weight, bias, out_first)
+    if torch.compiler.is_compiling():
+        return _CompiledLinear.apply(x, weight, bias, out_first)
     return _LocalLinear.apply(x, weight, bias, out_first, products)
 
 
@@ -203,6 +205,25 @@ class _LocalLinear(torch.autograd.Function):
             weight_gradient = gradient_of_weight(gradient, x, weight, ctx.out_first, ctx.products)
         bias_gradient = as_rows(gradient).sum(0) if needs_bias else None
         return x_gradient, weight_gradient, bias_gradient, None, None
+
+
+class _CompiledLinear(torch.autograd.Function):
+    """:class:`_LocalLinear` in a graph of torch.compile, which leaves out gradients that are not needed."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, out_first: bool) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.out_first, ctx.has_bias = out_first, bias is not None
+        return compiled_onednn(x, weight if out_first else weight.t(), bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        of_x = compiled_onednn(gradient, weight.t() if ctx.out_first else weight)
+        rows, read = as_rows(gradient), as_rows(x)
+        left, right = (rows, read) if ctx.out_first else (read, rows)
+        of_weight = compiled_onednn(left.t(), right.t())
+        return of_x, of_weight, rows.sum(0) if ctx.has_bias else None, None
 
 
 class ColumnLinear(torch.autograd.Function):
