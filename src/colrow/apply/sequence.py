@@ -127,6 +127,8 @@ class GatherSequence(SharedEntry):
         members: as of :class:`colrow.layers.SharedEntry`.
     """
 
+    is_always_needed = True
+
     def __init__(
         self,
         length: SequenceLength,
@@ -149,9 +151,9 @@ class GatherSequence(SharedEntry):
         """``None``: each layer multiplies by itself."""
         return None
 
-    def is_needed(self, value: Tensor) -> bool:
-        """Whether anything is done with a value."""
-        return self._length.is_cut()
+    def __call__(self, value: Tensor) -> Tensor:
+        """The whole; ``value`` itself where nothing is cut."""
+        return super().__call__(value) if self._length.is_cut() else value
 
     def enter(self, value: Tensor) -> Tensor:
         """The whole."""

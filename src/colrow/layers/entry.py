@@ -38,6 +38,9 @@ class SharedEntry:
             Call :meth:`forget` where all of them have been called that will be.
     """
 
+    is_always_needed = False
+    """Whether something is done with a value even if no gradient will come back."""
+
     def __init__(self, communicator: Communicator, label: str, members: int = 0) -> None:
         self._enter = Enter(communicator, label)
         self._members = members
@@ -61,8 +64,17 @@ class SharedEntry:
 
     def __call__(self, value: Tensor) -> Tensor:
         """The entered ``value``; no autograd node unless a gradient will come back."""
-        if not self.is_needed(value):
+        if not (self.is_always_needed or (value.requires_grad and torch.is_grad_enabled())):
             return value
+        latest = self._latest
+        if latest is not None and latest.value is value and latest.version == value._version:
+            # read by the next of its readers: the usual case, for which calls of functions are too dear
+            entered = latest.entered
+            if entered is not None:
+                latest.reads += 1
+                if latest.reads == self._members:
+                    self._latest, self._earlier = self._earlier, None
+                return entered
         if torch.compiler.is_dynamo_compiling():
             return self._traced(value, f"{self._enter.communicator.name} {self._enter.label}")
         found = self._find(value)
@@ -124,10 +136,6 @@ class SharedEntry:
         if found.reads == self._members:
             # all have read it: no activation is kept alive
             self._latest, self._earlier = self._earlier, None
-
-    def is_needed(self, value: Tensor) -> bool:
-        """Whether anything is done with a value: only if a gradient will come back."""
-        return value.requires_grad and torch.is_grad_enabled()
 
     def enter(self, value: Tensor) -> Tensor:
         """The entered value, a new one."""
