@@ -13,6 +13,7 @@ from torch import nn
 import colrow
 from colrow import checkpoint
 from colrow.checkpoint import parameters_on_meta
+from colrow.checkpoint.meta import materialise
 from tests.checkpoint.perceptron import PLAN, cut, train
 from tests.pool import Pool, worker_mesh
 
@@ -132,3 +133,14 @@ def test_parameters_on_meta_ends() -> None:
         fails()
     assert nn.Module.register_parameter is register
     assert not nn.Linear(2, 2).weight.is_meta
+
+
+def test_cycles_that_refer_to_a_parameter_are_collected() -> None:
+    """What has been recorded of a model may have been dropped, and not been collected yet."""
+    layer = nn.Linear(3, 2, device="meta")
+    output = layer(torch.ones(1, 3, device="meta"))
+    cycle: list[object] = [output, layer.weight.view(6)]
+    cycle.append(cycle)
+    del output, cycle
+    materialise(layer.weight, torch.ones(2, 3), "weight")
+    assert layer.weight.sum() == 6

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -41,7 +42,12 @@ def materialise(tensor: Tensor, value: Tensor, name: str) -> None:
     new = nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
     hooks, accumulate_hooks = tensor._backward_hooks, tensor._post_accumulate_grad_hooks
     try:
-        torch.utils.swap_tensors(tensor, new)
+        try:
+            torch.utils.swap_tensors(tensor, new)
+        except RuntimeError:
+            # what has been derived or recorded of the model may lie about in cycles that refer to its tensors
+            gc.collect()
+            torch.utils.swap_tensors(tensor, new)
     except RuntimeError as error:
         raise ValueError(
             f"{name} on the meta device cannot be given memory, because weak references or an earlier "
