@@ -13,7 +13,7 @@ from colrow.verify import Report, verify_on_ranks
 from tests.verify import models
 from tests.verify.planted import changed_reduction
 
-SECONDS = 3.0
+SECONDS = 6.0
 """How long the ranks wait for one another."""
 
 

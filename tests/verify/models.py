@@ -121,3 +121,16 @@ class Bricks(nn.Module):
 def bricks(rows: int = 4) -> tuple[nn.Module, dict[str, Tensor]]:
     """A model and the keywords of a call."""
     return Bricks(), {"x": torch.randn(rows, 7, 5)}
+
+
+class Steep(nn.Module):
+    """Equal results from equal parameters; from parameters that differ in rounding, other gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(1e-4 * torch.rand(6))
+        self.up, self.down = nn.Linear(6, 11), nn.Linear(11, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        steep = torch.sin(1e13 * self.scale) / 1e13
+        return self.down(torch.tanh(self.up(x * self.scale))) + steep

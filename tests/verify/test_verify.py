@@ -19,6 +19,7 @@ from colrow.trace import Example
 from colrow.verify import Check, Report, VerificationError, verify_on_ranks
 from tests.pool import Pool, worker_mesh
 from tests.verify import models
+from tests.verify.planted import changed_reduction
 
 CASES = {
     "llama": (models.llama, LLAMA),
@@ -222,3 +223,24 @@ def _refused(size: int) -> None:
 
 def test_arguments_that_cannot_be_used(ranks: Callable[[int], Pool]) -> None:
     ranks(2).run(_refused, 2)
+
+
+def _verify_steep(size: int, error: float) -> Report:
+    x = torch.rand(4, 6, dtype=torch.float64)
+    with changed_reduction("exit down", lambda tensor: tensor * (1 + error) if error else tensor):
+        return verify_on_ranks(models.Steep, Example((x,)), worker_mesh(size))
+
+
+def test_steps_after_the_first_are_compared_from_equal_parameters(ranks: Callable[[int], Pool]) -> None:
+    for report in ranks(2).run(_verify_steep, 2, 0.0):
+        assert report.passed, str(report)
+        (note,) = (one for one in report.notes if one.startswith("step 2"))
+        assert "step 2: was compared from equal parameters" in note
+        assert "in scale of the" in note
+
+
+def test_steps_from_equal_parameters_hide_no_error(ranks: Callable[[int], Pool]) -> None:
+    for report in ranks(2).run(_verify_steep, 2, 1e-6):
+        stages = {check.stage for check in report.failed}
+        assert {"step 1", "step 2", "step 3"} <= stages
+        assert not [note for note in report.notes if "equal parameters" in note]

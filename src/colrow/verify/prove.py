@@ -32,6 +32,7 @@ from colrow.verify.models import build_pair
 from colrow.verify.precision import one_precision
 from colrow.verify.report import Check, Report
 from colrow.verify.run import Runner
+from colrow.verify.stages import compare_everything
 from colrow.verify.verification import Verification
 
 T = TypeVar("T")
@@ -189,7 +190,7 @@ def verify_on_ranks(
         verification.checks.append(
             Check("plan", "plan", "equal on all ranks", 0.0 if alike else float("inf"), 0.0)
         )
-        verification.everything(modes, steps, with_bytes=plan is None)
+        compare_everything(verification, modes, steps, with_bytes=plan is None)
         times = exchange.gather((plan_seconds, time.perf_counter() - begin))[0]
     return Report(
         type(original).__name__,
