@@ -87,7 +87,7 @@ def in_chunks(first: int, chunks: int, slots: int) -> list[Step]:
 
 
 def scatter(first: int, rounds: int, slots: int) -> list[Step]:
-    """Reduce-scatter and all-gather of several rounds: round r is staged before round r - 1 is read."""
+    """Reduce-scatter, all-gather, and a large all-reduce of two ranks: round r is staged, then r - 1 read."""
     steps: list[Step] = []
     for index in range(rounds + 1):
         if index < rounds:

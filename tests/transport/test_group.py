@@ -135,6 +135,29 @@ def test_more_than_the_caches_hold(ranks: Callable[[int], Pool]) -> None:
     ranks(2).run(_reduce, 4_300_001, torch.bfloat16, ["sum", "max"])
 
 
+def _anywhere(dtype: torch.dtype) -> None:
+    """Tensors that begin at any element: sums of several numbers at a time need no more of an address."""
+    shared = group_of_all()
+    for count in (1, 2, 33, 1001):
+        parts = [tensor_of(rank, count + 3, dtype) for rank in range(shared.size)]
+        for first, last in ((0, 1), (1, 0), (1, 1), (1, 3)):
+            expected = reduced([part[first : first + count] for part in parts], "sum")
+            own = parts[shared.rank].clone()
+            result = torch.empty_like(own)[last : last + count]
+            shared.all_reduce(own[first : first + count], result)
+            assert same_bits(result, expected)
+            shared.all_reduce(own[first : first + count], own[first : first + count])
+            assert same_bits(own[first : first + count], expected)
+            others = torch.ones_like(own, dtype=torch.bool)
+            others[first : first + count] = False
+            assert same_bits(own[others], parts[shared.rank][others]), "written beyond the tensor"
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_tensors_that_begin_anywhere(ranks: Callable[[int], Pool], dtype: torch.dtype) -> None:
+    ranks(2).run(_anywhere, dtype)
+
+
 def _special(dtype: torch.dtype) -> None:
     """All numbers of 16 bits, with themselves and in another order: infinite ones, tiny ones and NaN too."""
     shared = group_of_all()

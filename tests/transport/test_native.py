@@ -27,7 +27,8 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     def get(checker: str) -> Path:
         if checker not in made:
             program = tmp_path_factory.mktemp("native") / "threads"
-            flags = ["-std=c11", "-O1", "-g", "-Wall", "-Wno-tsan", "-ffp-contract=off", "-pthread"]
+            flags = ["-std=c11", "-O1", "-g", "-Wall", "-Wno-tsan", "-pthread"]
+            flags += ["-fno-trapping-math", "-ffp-contract=off"]  # as in setup.py
             sources = [str(PROGRAM), *(str(NATIVE / name) for name in SOURCES)]
             command = [
                 str(COMPILER),

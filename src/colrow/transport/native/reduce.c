@@ -121,8 +121,9 @@ static enum outcome all_reduce_shared(group_t *group, uint64_t tag, const char *
   return DONE;
 }
 
-/* From here on two ranks do not share the work either: it is memory that takes the time, not the sums, and what
- * the other has staged is read at once. With chunks of half the size more of that is still in the cache. */
+/* Two ranks do not share the work of large tensors either: each gets as many bytes from the other's cache both
+ * ways, but with half as many synchronisations. From here on, where memory takes the time, more of what is staged
+ * is still in the cache with chunks of half the size. */
 static const size_t LARGE_BYTES = 8 << 20;
 
 enum outcome group_all_reduce(group_t *group, const void *input, void *output, size_t count,
@@ -130,17 +131,17 @@ enum outcome group_all_reduce(group_t *group, const void *input, void *output, s
   if (!can_reduce(dtype, reduction)) return REFUSED;
   size_t bytes = dtype_bytes(dtype), chunk = group->layout.chunk;
   int is_small = count * bytes <= smaller(group->one_shot_bytes, chunk);
-  int is_large = group->ranks == 2 && count * bytes >= LARGE_BYTES;
-  size_t per_chunk = (is_large ? chunk / 2 : chunk) / bytes / 64 * 64;
+  int is_alone = is_small || group->ranks == 2;
+  size_t part = group->ranks == 2 && count * bytes >= LARGE_BYTES ? chunk / 2 : chunk;
+  size_t per_chunk = part / bytes / 64 * 64;
   size_t chunks = is_small ? 1 : divide_up(count, per_chunk);
   call_t call = describe(ALL_REDUCE, dtype, reduction, count);
   uint64_t tag;
   enum outcome outcome = begin_call(group, &call, (uint32_t)chunks, &tag);
   if (outcome == DONE)
-    outcome = is_small || is_large ? all_reduce_alone(group, tag, input, output, count, dtype, reduction,
-                                                      per_chunk, chunks)
-                                   : all_reduce_shared(group, tag, input, output, count, dtype, reduction,
-                                                       per_chunk, chunks);
+    outcome = is_alone ? all_reduce_alone(group, tag, input, output, count, dtype, reduction, per_chunk, chunks)
+                       : all_reduce_shared(group, tag, input, output, count, dtype, reduction, per_chunk,
+                                           chunks);
   return end_call(group, outcome);
 }
 
