@@ -65,12 +65,17 @@ def without_local_logits(output: Any, label: str, notice: Callable[[Tensor], Non
     return _Walk(label, notice).replaced(output)
 
 
+_PLAIN = (bool, int, float, str)
+
+
 class _Walk:
     def __init__(self, label: str, notice: Callable[[Tensor], None]) -> None:
         self._label, self._notice = label, notice
         self._seen: dict[int, Any] = {}  # by identity: a value that is met again, also within itself
 
     def replaced(self, value: Any) -> Any:
+        if value is None or isinstance(value, _PLAIN):
+            return value
         if id(value) in self._seen:
             return self._seen[id(value)]
         self._seen[id(value)] = value

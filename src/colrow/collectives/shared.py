@@ -6,12 +6,16 @@ read where they are and results written to memory allocated here, so nothing is 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+from colrow.collectives.failure import diagnose
+from colrow.collectives.pending import Pending
+from colrow.collectives.statistics import Call, Tally
 from colrow.transport import Memory
 from colrow.transport.c10d import plain
 
@@ -29,11 +33,48 @@ class Blocking:
         self._run()
 
 
-def all_reduce(memory: Memory, tensor: Tensor, reduction: str, owned: bool) -> Plan:
-    """See :meth:`Communicator.start_all_reduce`."""
-    source = plain(tensor)
-    result = source if owned or source is not tensor else torch.empty_like(source)
-    return lambda: memory.all_reduce(source, result, reduction), lambda: result
+class Reduction(Pending):
+    """An all-reduce, the collective of every layer, with as little around it as there can be.
+
+    Args:
+        call, ranks: what it is, for errors.
+        tally: gets the seconds that it takes.
+        memory: of the ranks.
+        tensor, reduction, owned: see :meth:`Communicator.start_all_reduce`.
+    """
+
+    def __init__(
+        self,
+        call: Call,
+        ranks: Sequence[int],
+        tally: Tally,
+        memory: Memory,
+        tensor: Tensor,
+        reduction: str,
+        owned: bool,
+    ) -> None:
+        self._call, self._ranks, self._tally = call, ranks, tally
+        self._memory: Memory | None = memory
+        self._source = source = plain(tensor)
+        self._reduced = source if owned or source is not tensor else torch.empty_like(source)
+        self._reduction = reduction
+
+    def wait(self) -> Tensor:
+        """The result. Blocks when called first.
+
+        Raises:
+            RankFailure: if another rank died, raised or did not come within the group's timeout.
+        """
+        if self._memory is not None:
+            begin = time.perf_counter()  # read from this frame by current_position
+            try:
+                self._memory.all_reduce(self._source, self._reduced, self._reduction)
+            except RuntimeError as error:
+                raise diagnose(error, self._call, self._ranks) from error
+            self._tally.seconds += time.perf_counter() - begin
+            self._memory = None
+            del self._source
+        return self._reduced
 
 
 def all_gather(memory: Memory, shard: Tensor, dimension: int, sizes: Sequence[int]) -> Plan:

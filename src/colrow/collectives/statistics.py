@@ -49,10 +49,15 @@ class CommStats:
 
     tallies: dict[tuple[str, str, str], Tally] = field(default_factory=dict)
 
-    def record(self, call: Call) -> None:
-        tally = self.tallies.setdefault((call.operation, call.label, call.phase), Tally())
+    def record(self, call: Call) -> Tally:
+        """Count a collective; gives the tally that it belongs to."""
+        key = (call.operation, call.label, call.phase)
+        tally = self.tallies.get(key)
+        if tally is None:
+            tally = self.tallies[key] = Tally()
         tally.count += 1
         tally.bytes += call.bytes
+        return tally
 
     def add_seconds(self, call: Call, seconds: float) -> None:
         self.tallies.setdefault((call.operation, call.label, call.phase), Tally()).seconds += seconds

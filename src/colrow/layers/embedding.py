@@ -170,9 +170,9 @@ class VocabParallelEmbedding(nn.Embedding):
             IndexError: if an id is not in [0, vocabulary); ``RuntimeError`` under torch.compile.
         """
         check_range(ids, self.vocabulary, f"the ids given to {self.label}")
-        local_ids = ids - self._start
-        missing = (local_ids < 0) | (local_ids >= self._stop - self._start)
-        local_ids = local_ids.masked_fill(missing, 0)
+        shifted = ids - self._start
+        local_ids = shifted.clamp(0, self._stop - self._start - 1)  # those of other ranks: any row
+        missing = local_ids != shifted
         label = f"lookup {self.label}"
         if torch.compiler.is_compiling() or self.scatter is not None:
             partial = self._partial_rows(local_ids, missing)

@@ -6,6 +6,7 @@ taken, and it is faster, the products go to oneDNN (:mod:`colrow.layers.products
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from colrow.collectives import AllReduce, Communicator, Enter
-from colrow.layers.products import Products, compiled_onednn, onednn
+from colrow.layers.products import BY_TORCH, Products, compiled_onednn, onednn
 
 FEATURES_PER_BLOCK = 1024
 """Of so many output features at a time a gradient of a weight is added to others."""
@@ -57,15 +58,20 @@ def local_linear(
     return _LocalLinear.apply(x, weight, bias, out_first, products)
 
 
-def autocast(*tensors: Tensor | None) -> list[Tensor | None]:
+def autocast(x: Tensor, *others: Tensor | None) -> Sequence[Tensor | None]:
     """The operands in autocast's dtype, as it would give them to ``F.linear``."""
-    device = next(tensor for tensor in tensors if tensor is not None).device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):
-        return list(tensors)
-    dtype = torch.get_autocast_dtype(device)
+    if x.is_meta or not torch.is_autocast_enabled(x.device.type):
+        return x, *others
+    dtype = torch.get_autocast_dtype(x.device.type)
     return [
-        tensor if tensor is None or tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors
+        tensor if tensor is None or tensor.dtype == torch.float64 else tensor.to(dtype)
+        for tensor in (x, *others)
     ]
+
+
+def chosen(products: Products, x: Tensor, weight: Tensor) -> Products:
+    """``products`` for a layer whose products go to oneDNN: decided once for forward and backward."""
+    return products if _goes_to_onednn(products, x, weight) else BY_TORCH
 
 
 def _goes_to_onednn(products: Products, x: Tensor, weight: Tensor) -> bool:
@@ -241,7 +247,8 @@ class ColumnLinear(torch.autograd.Function):
         products: Products,
     ) -> Tensor:
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
-        ctx.ranks, ctx.label, ctx.out_first, ctx.products = ranks, label, out_first, products
+        ctx.products = products = chosen(products, x, weight)
+        ctx.ranks, ctx.label, ctx.out_first = ranks, label, out_first
         return _no_view(product(x, weight, bias, out_first, products))
 
     @staticmethod
@@ -280,7 +287,8 @@ class RowLinear(torch.autograd.Function):
         products: Products,
     ) -> Tensor:
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
-        ctx.ranks, ctx.label, ctx.out_first, ctx.products = ranks, label, out_first, products
+        ctx.products = products = chosen(products, x, weight)
+        ctx.ranks, ctx.label, ctx.out_first = ranks, label, out_first
         partial = product(x, weight, None, out_first, products)
         result = ranks.start_all_reduce(partial, label=label, owned=True).wait()
         return result if bias is None else result.add_(bias)

@@ -64,6 +64,10 @@ class Products:
         return f"matrix products by {library} ({self.reason})"
 
 
+BY_TORCH = Products()
+"""Nothing goes to oneDNN."""
+
+
 def agreed_products(ranks: Communicator) -> Products:
     """What the group's first rank has chosen, on all of them: parts of one value are computed alike.
 

@@ -23,12 +23,13 @@ from colrow.collectives import AllReduce, Communicator
 from colrow.layers.linear_functions import (
     add_gradient_of_input,
     as_rows,
+    chosen,
     entered,
     gradient_of_input,
     gradient_of_weight,
     product,
 )
-from colrow.layers.products import Products
+from colrow.layers.products import BY_TORCH, Products
 
 
 class Linear(Protocol):
@@ -62,8 +63,10 @@ class Siblings:
         ranks: Communicator,
         label: str,
     ) -> None:
-        self._x, self._layers, self._hooks = x, layers, _saving()
-        self._read = _Read(ranks, label, weights, [layer._out_first for layer in layers], layers[0].products)
+        self._x, self._layers = x, layers
+        # who is told of what autograd keeps, as an activation checkpoint is
+        self._hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        self._read = _Read(ranks, label, weights, [layer._out_first for layer in layers])
         self._results: list[Tensor | None] = list(_Products.apply(x, self._read, *weights, *biases))
 
     def product(self, number: int) -> Tensor | None:
@@ -74,15 +77,15 @@ class Siblings:
         """
         result, layer, read = self._results[number], self._layers[number], self._read
         weight = read.weights[number]
-        if result is None or layer._parameters.get("weight") is not weight or _saving() != self._hooks:
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        if result is None or layer._parameters.get("weight") is not weight or hooks != self._hooks:
             return None
         self._results[number] = None
         read.versions[number] = weight._version
+        read.products[number] = products = chosen(layer.products, self._x, weight)
         torch._C._set_grad_enabled(False)  # what torch.no_grad() does, at a tenth of its cost
         try:
-            result.data = product(
-                self._x, weight, layer._parameters.get("bias"), layer._out_first, layer.products
-            )
+            result.data = product(self._x, weight, layer._parameters.get("bias"), layer._out_first, products)
         finally:
             torch._C._set_grad_enabled(True)
         return result
@@ -119,11 +122,6 @@ def siblings_of(x: Tensor, layers: Sequence[Linear], ranks: Communicator, label:
 _PLAIN = (nn.Parameter, Tensor)
 
 
-def _saving() -> object:
-    """Who is told now of what autograd keeps, as an activation checkpoint is."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(True)
-
-
 class _Read:
     """What the backward needs besides the value: the weights, as they were when their layers were called.
 
@@ -138,11 +136,9 @@ class _Read:
         label: str,
         weights: Sequence[Tensor],
         out_first: Sequence[bool],
-        products: Products,
     ) -> None:
-        self.ranks, self.label, self.weights = ranks, label, weights
-        self.out_first, self.products = out_first, products
-        self.versions = [-1] * len(weights)
+        self.ranks, self.label, self.weights, self.out_first = ranks, label, weights, out_first
+        self.versions, self.products = [-1] * len(weights), [BY_TORCH] * len(weights)
 
     def check(self, number: int) -> None:
         """Raise if a weight has changed, as autograd does.
@@ -199,7 +195,7 @@ class _Products(torch.autograd.Function):
         for number, rows in used:
             if needs[number]:
                 found[number] = gradient_of_weight(
-                    rows, x, read.weights[number], read.out_first[number], read.products
+                    rows, x, read.weights[number], read.out_first[number], read.products[number]
                 )
             if needs[len(gradients) + number]:
                 found[len(gradients) + number] = rows.sum(0)
@@ -211,11 +207,11 @@ class _Products(torch.autograd.Function):
 def _gradient_of_value(read: _Read, used: Sequence[tuple[int, Tensor]]) -> Tensor:
     """The sum of what comes from each of the layers, not reduced: a matrix."""
     (number, rows), *others = used
-    total = gradient_of_input(rows, read.weights[number], read.out_first[number], read.products)
+    total = gradient_of_input(rows, read.weights[number], read.out_first[number], read.products[number])
     # autocast, which may be on in a backward too, would give another dtype than the memory has
     in_place = not torch.is_grad_enabled() and not torch.is_autocast_enabled(total.device.type)
     for number, rows in others:
-        operands = rows, read.weights[number], read.out_first[number], read.products
+        operands = rows, read.weights[number], read.out_first[number], read.products[number]
         if in_place:
             add_gradient_of_input(total, *operands)
         else:
