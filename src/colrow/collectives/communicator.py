@@ -1,19 +1,14 @@
-"""The ranks of one process group, and the plain (not differentiable) collectives among them.
+"""The plain (not differentiable) collectives among the ranks of a process group.
 
-This is the only place that talks to ``torch.distributed``, or for tensors on the CPU to the memory that the
-ranks of a host share, which a group's first collective sets up. Nothing here writes into a tensor of the
-caller's: results are in memory that the collective itself allocated, because a gradient handed to a backward
-may be shared and a forward input may be saved by autograd.
+Nothing here writes into a tensor of the caller's: results are in memory that the collective itself allocated,
+because a gradient handed to a backward may be shared and a forward input may be saved by autograd.
 """
 
 from __future__ import annotations
 
 import math
-import time
-import zlib
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
-from typing import NoReturn, TypeAlias
+from typing import TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -21,133 +16,26 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from colrow.collectives import shared, through_torch
-from colrow.collectives.failure import diagnose, register_member
-from colrow.collectives.pending import Pending, Step, Work
+from colrow.collectives.pending import Pending
+from colrow.collectives.rank_group import RankGroup
 from colrow.collectives.shapes import check_dimension, exchanged_shapes, gathered_sizes, scattered_sizes
-from colrow.collectives.statistics import Call, CommStats, current_phase
+from colrow.collectives.statistics import CommStats
 from colrow.collectives.subgroups import check_members, make_subgroup
-from colrow.transport import Memory, share_memory
+from colrow.transport import Memory
 
 Group: TypeAlias = "Communicator | dist.ProcessGroup | DeviceMesh"
 """What the public functions accept as a group of ranks: a mesh means its only dimension, or ``tp``."""
 
-_SAME_SIZE = ("all_reduce", "reduce_scatter", "broadcast")
-"""Collectives whose payload is of one size on all ranks."""
 
-
-class Communicator:
-    """One process group: who is in it, its collectives, and what they have moved so far.
+class Communicator(RankGroup):
+    """One process group with its collectives; see :class:`RankGroup` for its attributes.
 
     Get one with :func:`communicator`; there is one per process group, so that statistics add up.
-
-    Attributes:
-        rank: this process's rank within the group.
-        size: number of ranks in the group.
-        global_ranks: the job-wide ranks of the members, in group order.
-        name: by which torch, and so a compiled graph, finds the process group.
-        statistics: count and bytes of all collectives since start or the last reset.
-        sequence: a checksum of the collectives so far, in order: equal on all ranks unless they went
-            different ways.
     """
 
-    # as of a group that is not there: what plays one has no process group
-    _may_share = False
-    _sums_in_half = True
-    _shared: Memory | None = None
-
     def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group = group
-        self.rank = dist.get_rank(group)
-        self.size = dist.get_world_size(group)
-        self.global_ranks = tuple(dist.get_process_group_ranks(group))
-        self.name = group.group_name
-        self.statistics = CommStats()
-        self.sequence = 0
-        backend = dist.get_backend(group)
-        self._is_gloo = backend in ("gloo", "shm")
-        self._sums_in_half = backend == "gloo"
-        self._may_share = self._is_gloo and self.size > 1
+        super().__init__(group)
         self._subgroups: dict[tuple[int, ...], Communicator] = {}
-        self._known = lru_cache(maxsize=4096)(self._know)
-        register_member()
-
-    def __repr__(self) -> str:
-        return f"Communicator(rank {self.rank} of {self.size}, global ranks {list(self.global_ranks)})"
-
-    def __deepcopy__(self, memo: dict[int, object]) -> Communicator:
-        return self  # a copied model talks to the same ranks
-
-    def __reduce__(self) -> NoReturn:
-        raise TypeError(
-            "a model that has been parallelized cannot be pickled whole, as torch.save(model) does, since it "
-            "belongs to its process group: save it with colrow.save_pretrained, or put it back together with "
-            "colrow.unshard first"
-        )
-
-    def _begin(
-        self,
-        operation: str,
-        label: str,
-        payload: int,
-        start: Callable[[], Work | None],
-        finish: Callable[[], Tensor],
-    ) -> Pending:
-        call = Call(operation, label, current_phase(), payload)
-        self.statistics.record(call)
-        common = payload if operation in _SAME_SIZE else ""
-        self.sequence = zlib.crc32(f"{operation}{label}{common}".encode(), self.sequence)
-        begin = time.perf_counter()
-        try:
-            work = start()
-        except RuntimeError as error:
-            raise diagnose(error, call, self.global_ranks) from error
-        self.statistics.add_seconds(call, time.perf_counter() - begin)
-        return Pending(call, self.global_ranks, self.statistics, work, finish)
-
-    def _shares(self, tensor: Tensor, operation: str, label: str) -> Memory | None:
-        """The ranks' shared memory, if it takes such tensors."""
-        if not (self._may_share and tensor.is_cpu):
-            return None
-        if self._shared is None:
-            self._join(operation, label)
-        return self._shared
-
-    def _join(self, operation: str, label: str) -> None:
-        """Agree with the other ranks on shared memory; a failure is that of the group's first collective."""
-        found: list[Memory | None] = []
-        step = Step(Call(operation, label, current_phase(), 0), self.global_ranks)
-        step.wait(lambda: found.append(share_memory(self.group)))
-        self._shared = found[0]
-        self._may_share = self._shared is not None
-
-    def _start(
-        self,
-        operation: str,
-        label: str,
-        tensor: Tensor,
-        in_memory: Callable[[Memory], shared.Plan],
-        by_torch: Callable[[], through_torch.Begun],
-        *,
-        reduction: str = "",
-        payload: int | None = None,
-    ) -> Pending:
-        """Begin a collective on ``tensor``. In shared memory it is complete when this returns."""
-        payload = _bytes(tensor) if payload is None else payload
-        memory = self._shares(tensor, operation, label)
-        if memory is None or (reduction and not memory.can_reduce(tensor.dtype, reduction)):
-            return self._begin(operation, label, payload, *by_torch())
-        run, finish = in_memory(memory)
-        pending = self._begin(operation, label, payload, lambda: shared.Blocking(run), finish)
-        pending.wait()
-        return pending
-
-    def sum_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """In which dtype to send numbers that are summed by another transport than shared memory.
-
-        gloo adds half-precision numbers in half precision: above two ranks that rounds repeatedly.
-        """
-        half = dtype in (torch.bfloat16, torch.float16)
-        return torch.float32 if half and self._sums_in_half and self.size > 2 else dtype
 
     def start_all_reduce(
         self, tensor: Tensor, reduction: str = "sum", *, label: str = "", owned: bool = False
@@ -162,20 +50,11 @@ class Communicator:
         """
         if self.size == 1:
             return Pending.completed(tensor if owned else tensor.clone())
-        memory = self._shares(tensor, "all_reduce", label)
-        if memory is None or not memory.can_reduce(tensor.dtype, reduction):
-            by_torch = through_torch.all_reduce(self, tensor, reduction, owned)
-            return self._begin("all_reduce", label, _bytes(tensor), *by_torch)
-        call, text = self._known(label, current_phase(), tensor.numel() * tensor.element_size())
-        self.sequence = zlib.crc32(text, self.sequence)
-        tally = self.statistics.record(call)
-        pending = shared.Reduction(call, self.global_ranks, tally, memory, tensor, reduction, owned)
-        pending.wait()
-        return pending
-
-    def _know(self, label: str, phase: str, payload: int) -> tuple[Call, bytes]:
-        """An all-reduce, and what of it goes into the checksum of all collectives."""
-        return Call("all_reduce", label, phase, payload), f"all_reduce{label}{payload}".encode()
+        pending = self._reduce_in_memory(tensor, reduction, label, owned)
+        if pending is not None:
+            return pending
+        by_torch = through_torch.all_reduce(self, tensor, reduction, owned)
+        return self._begin("all_reduce", label, tensor.numel() * tensor.element_size(), *by_torch)
 
     def start_all_gather(
         self, shard: Tensor, dimension: int, sizes: Sequence[int] | None = None, *, label: str = ""
@@ -394,10 +273,6 @@ class Communicator:
         yield self
         for subgroup in self._subgroups.values():
             yield from subgroup.with_subgroups()
-
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
 
 
 # torch keeps one registry of process groups per process; this is the same one with what colrow adds

@@ -16,7 +16,7 @@ from colrow.collectives.pending import Work
 from colrow.collectives.shapes import pad
 
 if TYPE_CHECKING:
-    from colrow.collectives.communicator import Communicator
+    from colrow.collectives.rank_group import RankGroup
 
 Begun: TypeAlias = tuple[Callable[[], Work | None], Callable[[], Tensor]]
 
@@ -26,7 +26,7 @@ _gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_
 _scatter_reduced = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
-def all_reduce(ranks: Communicator, tensor: Tensor, reduction: str, owned: bool) -> Begun:
+def all_reduce(ranks: RankGroup, tensor: Tensor, reduction: str, owned: bool) -> Begun:
     """See :meth:`Communicator.start_all_reduce`."""
     buffer = _to_reduce(tensor, ranks.sum_dtype(tensor.dtype) if reduction == "sum" else tensor.dtype, owned)
     return (
@@ -35,7 +35,7 @@ def all_reduce(ranks: Communicator, tensor: Tensor, reduction: str, owned: bool)
     )
 
 
-def all_gather(ranks: Communicator, shard: Tensor, dimension: int, sizes: Sequence[int]) -> Begun:
+def all_gather(ranks: RankGroup, shard: Tensor, dimension: int, sizes: Sequence[int]) -> Begun:
     """See :meth:`Communicator.start_all_gather`. Shards are padded to equal sizes."""
     source = pad(shard, dimension, max(sizes)).contiguous()
     stacked = source.new_empty((ranks.size, *source.shape))
@@ -52,7 +52,7 @@ def all_gather(ranks: Communicator, shard: Tensor, dimension: int, sizes: Sequen
     )
 
 
-def reduce_scatter(ranks: Communicator, tensor: Tensor, dimension: int, sizes: Sequence[int]) -> Begun:
+def reduce_scatter(ranks: RankGroup, tensor: Tensor, dimension: int, sizes: Sequence[int]) -> Begun:
     """See :meth:`Communicator.start_reduce_scatter`. Parts are padded to equal sizes."""
     pieces = tensor.to(ranks.sum_dtype(tensor.dtype)).split(list(sizes), dimension)
     source = torch.stack([pad(piece, dimension, max(sizes)) for piece in pieces])
@@ -63,7 +63,7 @@ def reduce_scatter(ranks: Communicator, tensor: Tensor, dimension: int, sizes: S
     )
 
 
-def all_to_all(ranks: Communicator, source: Tensor, given: Sequence[int], taken: Sequence[int]) -> Begun:
+def all_to_all(ranks: RankGroup, source: Tensor, given: Sequence[int], taken: Sequence[int]) -> Begun:
     """Elements ``given`` to each rank, one after the other in ``source``, and ``taken`` from each alike."""
     received = source.new_empty(sum(taken))
     return (
@@ -74,7 +74,7 @@ def all_to_all(ranks: Communicator, source: Tensor, given: Sequence[int], taken:
     )
 
 
-def broadcast(ranks: Communicator, tensor: Tensor, source: int, owned: bool) -> Begun:
+def broadcast(ranks: RankGroup, tensor: Tensor, source: int, owned: bool) -> Begun:
     """See :meth:`Communicator.start_broadcast`."""
     if owned and tensor.is_contiguous():
         buffer = tensor
@@ -84,7 +84,7 @@ def broadcast(ranks: Communicator, tensor: Tensor, source: int, owned: bool) -> 
     return lambda: dist.broadcast(buffer, root, group=ranks.group, async_op=True), lambda: buffer
 
 
-def reduce(ranks: Communicator, tensor: Tensor, destination: int, owned: bool) -> Begun:
+def reduce(ranks: RankGroup, tensor: Tensor, destination: int, owned: bool) -> Begun:
     """See :meth:`Communicator.start_reduce`."""
     buffer = _to_reduce(tensor, ranks.sum_dtype(tensor.dtype), owned)
     root = ranks.global_ranks[destination]
