@@ -220,6 +220,21 @@ class Routed(nn.Module):
         return result
 
 
+class Assembled(nn.Module):
+    """Heads that are put together in new memory, from a head's own features and some that all share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 5 * 8), nn.Linear(5 * 20, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        own = self.up(x).unflatten(-1, (5, 8))
+        both = own.new_empty(*own.shape[:-1], 8 + WIDTH)
+        both[..., :8] = own
+        both[..., 8:] = self.norm(x).sin()[:, :, None]
+        return self.down(both.tanh().flatten(2))
+
+
 def _pair() -> dict[str, Tensor]:
     return {"x": torch.randn(2, 5, WIDTH), "y": torch.randn(2, 7, WIDTH)}
 
@@ -232,6 +247,7 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, dict[str, Tensor]]]] = {
     "tapped": lambda: (nn.Sequential(nn.Linear(WIDTH, WIDTH), Tapped()), {"input": torch.randn(2, 5, WIDTH)}),
     "by-position-and-name": lambda: (BothWays(), _pair()),
     "idle-experts": lambda: (Routed(), {"x": torch.randn(9, WIDTH)}),
+    "written-into": lambda: (Assembled(), {"x": torch.randn(2, 7, WIDTH)}),
     "returned": lambda: (Reading(mixes=False), _pair()),
     "returned-and-read": lambda: (Reading(mixes=True), _pair()),
 }

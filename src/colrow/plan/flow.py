@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections import defaultdict
+from collections.abc import Collection, Mapping
 from math import prod
 
 from colrow.trace.records import ModuleCall, Operation, Trace, Value
@@ -26,13 +27,19 @@ class GradientFlow:
             for value in trace.values
             if value.producer is None and value.differentiable and value.source.name not in frozen
         }
+        sharing: dict[int, list[Value]] = defaultdict(list)
+        for value in trace.values:
+            if value.differentiable:
+                sharing[value.storage].append(value)
         for operation in trace.operations:
             if any(value.index in wanting for value in operation.inputs):
-                wanting.update(value.index for value in operation.outputs if value.differentiable)
+                made = (one for value in operation.outputs for one in _made(operation, value, sharing))
+                wanting.update(value.index for value in made if value.differentiable)
         reached = {value.index for _, root in trace.runs for value in _differentiated(root)}
         self._operations: set[int] = set()
         for operation in reversed(trace.operations):
-            if any(value.index in reached and value.index in wanting for value in operation.outputs):
+            made = (one for value in operation.outputs for one in _made(operation, value, sharing))
+            if any(value.index in reached and value.index in wanting for value in made):
                 self._operations.add(operation.index)
                 reached.update(value.index for value in operation.inputs)
         self._values = wanting & reached
@@ -44,6 +51,11 @@ class GradientFlow:
     def through(self, operation: Operation) -> bool:
         """Whether the operator has a backward."""
         return operation.index in self._operations
+
+
+def _made(operation: Operation, value: Value, sharing: Mapping[int, list[Value]]) -> list[Value]:
+    """What an operator's result is: if it is written in place, everything that shares its memory."""
+    return sharing[value.storage] if value.differentiable and value in operation.inputs else [value]
 
 
 def _differentiated(root: ModuleCall) -> list[Value]:

@@ -122,13 +122,15 @@ class _Predictor:
             for crossing in sequence.crossings:
                 value, at = crossing.value, crossing.operations[0].index
                 varies = self._made_on_guesses(value)
+                if crossing.way == "slice":
+                    for where in crossing.places if self._flow.reaches(value) else ():
+                        if any(self._flow.through(one) for one in crossing.read_after(where)):
+                            self._add(value, "backward", "all-gather", f"slice {sequence.name}", at, varies)
+                    continue
+                self._add(value, "forward", "all-gather", f"gather {sequence.name}", at, varies)
                 has_gradient = self._flow.reaches(value) and any(map(self._flow.through, crossing.operations))
-                if crossing.way != "slice":
-                    self._add(value, "forward", "all-gather", f"gather {sequence.name}", at, varies)
-                    if has_gradient and crossing.way == "partial":
-                        self._add(value, "backward", "reduce-scatter", f"gather {sequence.name}", at, varies)
-                elif has_gradient:
-                    self._add(value, "backward", "all-gather", f"slice {sequence.name}", at, varies)
+                if has_gradient and crossing.way == "partial":
+                    self._add(value, "backward", "reduce-scatter", f"gather {sequence.name}", at, varies)
             for root, _, value, _ in sequence.returned:
                 self._add(value, "forward", "all-gather", f"gather {sequence.name}", root.first)
             for value, operations in (*sequence.partial, *sequence.entered):

@@ -84,7 +84,7 @@ class Sites:
 
         Args:
             everywhere: whether these are all operations that read the value.
-            impossible: keys of results where nothing can be done: then it is done where they are read.
+            impossible: keys of places where nothing can be done: then it is done farther out, or at calls.
 
         Raises:
             CannotPlaceError: if an operation reads it where it cannot be got hold of.
@@ -97,7 +97,10 @@ class Sites:
             if any(one is value for _, one in module.outputs):
                 continue  # what is put in its place would come out again, where it is not meant to be
             if inside & set(left) and inside <= mine:
-                places += [Where(module, path, False) for call, path in self.inputs(value) if call is module]
+                found = [Where(module, path, False) for call, path in self.inputs(value) if call is module]
+                if any(one.key in impossible for one in found):
+                    continue
+                places += found
                 left = {index: one for index, one in left.items() if index not in inside}
         if everywhere and (left or len(places) > 1):
             made = [
@@ -107,7 +110,8 @@ class Sites:
                 # what is read before it is returned has got away already
                 and not any(module.first <= index < module.last for index in mine)
             ]
-            options = [Where(*max(made, key=lambda one: one[0].first), is_result=True)] if made else []
+            made.sort(key=lambda one: -one[0].first)  # the innermost module first
+            options = [Where(*one, is_result=True) for one in made]
             producer = value.producer
             if producer is not None and producer.call is not None and left and value not in producer.inputs:
                 paths = [path for path, one in paths_of(producer.call.outputs) if one is value]
@@ -117,8 +121,8 @@ class Sites:
                 return options[:1]
         for operation in left.values():
             call = operation.call
-            found = [] if call is None else paths_of((call.arguments, call.keywords))
-            paths = [path[1:] for path, one in found if one is value]
+            given = [] if call is None else paths_of((call.arguments, call.keywords))
+            paths = [path[1:] for path, one in given if one is value]
             if not paths or call is None:
                 raise self._selection.cannot("a value cannot be got hold of where it is read", operation)
             places += [Where(call.module, path, False, call) for path in paths]

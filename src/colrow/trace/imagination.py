@@ -95,13 +95,14 @@ def _scores(value: Value) -> Tensor:
 
     With few columns the rows begin one after the other. With many they begin at the first or at the last one
     in turn: a loop over a hundred experts is seen at both ends, where those that differ are, and no longer
-    than needed.
+    than needed. A single number is a half: what a draw from [0, 1) is on average, so that where one decides
+    which layers to drop none is.
     """
-    if not value.shape or not value.dtype.is_floating_point:
+    if not value.dtype.is_floating_point:
         return torch.zeros(value.shape, dtype=value.dtype)
     if value.producer is None and value.source.kind in ("parameter", "buffer"):
         return torch.ones(value.shape, dtype=value.dtype)
-    columns = value.shape[-1]
+    columns = value.shape[-1] if value.shape else 1
     rows = math.prod(value.shape[:-1])
     row, column = torch.arange(rows)[:, None], torch.arange(columns)[None]
     if columns > _FEW:

@@ -37,6 +37,13 @@ class Crossing:
     dimension: int
     places: tuple[Where, ...]
 
+    def read_after(self, where: Where) -> list[Operation]:
+        """Those of the operations that read what ``where``, one of the places, gives."""
+        if where.is_result:
+            return list(self.operations)
+        passed = where.module if where.call is None else where.call
+        return [one for one in self.operations if passed.first <= one.index < passed.last]
+
 
 @dataclass(eq=False)
 class SequenceCut:

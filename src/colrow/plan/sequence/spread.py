@@ -81,11 +81,14 @@ class Spread:
         #: whole values of which the parts are taken where they are first read, and those where that is no use
         self._taken: set[int] = set()
         self._left: set[int] = set()
+        #: places at which nothing can be done
+        self._impossible: set[tuple[object, ...]] = set()
         for written in self._trace.written:
             found = written.finding
             if found is None or not found.is_derivative:
                 self._whole.update(value.index for value in (*written.inputs, *written.outputs))
                 self._refuse(self._trace.operations[written.first : written.last])
+        self._keep_guessed_whole()
 
     # ---------------------------------------------------------------- what is known
 
@@ -160,6 +163,18 @@ class Spread:
             for atom in self._axes.marked(mark, operation)
         )
 
+    def _keep_guessed_whole(self) -> None:
+        """Parts do not pass through the code of a module that was guessed at: it may take another course."""
+        guessed = self._trace.guessed
+        for module in self._trace.modules:
+            if module.parent is not None and module.parent.path in guessed:
+                self._whole.update(value.index for _, value in (*module.inputs, *module.outputs))
+        self._refuse(
+            operation
+            for operation in self._trace.operations
+            if operation.module is not None and operation.module.path in guessed
+        )
+
     # ---------------------------------------------------------------- searching
 
     def run(self) -> SequenceCut | None:
@@ -186,6 +201,7 @@ class Spread:
         self._cross(found)
         self._return(found)
         self._check_use(found)
+        self._check_draws()
         self._parameters(found)
         self._check_numbers(found)
         return found
@@ -322,7 +338,7 @@ class Spread:
         dimension = found.dimension(value)
         assert dimension is not None
         try:
-            places = self._sites.readers(value, operations, everywhere)
+            places = self._sites.readers(value, operations, everywhere, self._impossible)
         except CannotPlaceError:
             self._give_up(value, operations, way)
         found.crossings.append(Crossing(value, tuple(operations), way, dimension, tuple(places)))
@@ -349,12 +365,15 @@ class Spread:
         for crossing in found.crossings:
             for where in crossing.places:
                 groups[where.key].append((where, crossing))
-        for group in groups.values():
+        for key, group in groups.items():
             crossing = group[0][1]
             try:
                 self._sites.places([where for where, _ in group])
             except CannotPlaceError:
-                self._give_up(crossing.value, crossing.operations, crossing.way)
+                if key in self._impossible:
+                    self._give_up(crossing.value, crossing.operations, crossing.way)
+                self._impossible.add(key)
+                raise _AgainError from None
             for _, other in group:
                 if (other.way, other.dimension) != (crossing.way, crossing.dimension):
                     self._give_up(other.value, other.operations, other.way)
@@ -379,6 +398,22 @@ class Spread:
         }
         if early - self._taken - self._left:
             self._taken |= early - self._left
+            raise _AgainError
+
+    def _check_draws(self) -> None:
+        """A module draws random numbers for parts always, or never: ranks draw different ones for parts."""
+        draws: dict[str, dict[bool, list[Operation]]] = defaultdict(lambda: {True: [], False: []})
+        for operation in self._trace.operations:
+            rule = self._axes.registry.find(operation.function)
+            if rule is not None and rule.random and operation.module is not None:
+                is_part = any(
+                    value.index in self._cut or self._states.made_local(value) for value in operation.outputs
+                )
+                draws[operation.module.path][is_part].append(operation)
+        mixed = [one[True] for one in draws.values() if one[True] and one[False]]
+        refused = [operation for operations in mixed for operation in operations]
+        if any(operation.index in self._parts for operation in refused):
+            self._refuse(refused)
             raise _AgainError
 
     # ---------------------------------------------------------------- gradients
