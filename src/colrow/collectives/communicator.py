@@ -96,12 +96,14 @@ class Communicator(RankGroup):
             return Pending.completed(tensor.clone())
         dimension = check_dimension(dimension, tensor)
         sizes = scattered_sizes(tensor, dimension, sizes, self.size)
+        by_gloo = self._is_gloo and tensor.is_cpu
+        by_torch = through_torch.reduce_scatter_by_gloo if by_gloo else through_torch.reduce_scatter
         return self._start(
             "reduce_scatter",
             label,
             tensor,
             lambda memory: shared.reduce_scatter(memory, tensor, dimension, sizes),
-            lambda: through_torch.reduce_scatter(self, tensor, dimension, sizes),
+            lambda: by_torch(self, tensor, dimension, sizes),
             reduction="sum",
         )
 
