@@ -19,7 +19,14 @@ from torch import Tensor, nn
 from colrow.collectives import AllGather, AllReduce, Communicator, Group, Slice, communicator
 from colrow.errors import PlanError
 from colrow.layers.entry import SharedEntry
-from colrow.layers.linear_functions import ColumnWeights, RowLinear, autocast, column_linear, local_linear
+from colrow.layers.linear_functions import (
+    ColumnWeights,
+    RowLinear,
+    RowProduct,
+    autocast,
+    column_linear,
+    local_linear,
+)
 from colrow.layers.products import Products, agreed_products
 from colrow.layers.shards import axis_layout, shard_parameter
 from colrow.layout import Cut, DimensionLayout, TensorLayout
@@ -198,6 +205,11 @@ class RowParallel(_ParallelLinear):
             )
             return total if bias is None else total + bias.to(total.dtype)
         operands = autocast(x, *self.operands)
+        if torch._C._current_graph_task_id() != -1:  # recomputed in a backward pass
+            *factors, bias = operands
+            partial = RowProduct.apply(*factors, self._out_first, self.products)
+            total = AllReduce(self.communicator, label)(partial)
+            return total if bias is None else total + bias
         result: Tensor = RowLinear.apply(*operands, self.communicator, label, self._out_first, self.products)
         return result
 

@@ -295,14 +295,35 @@ class RowLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         # the gradient meets each rank's own shards: its second derivative is partial
         operand = entered(gradient, ctx.ranks, ctx.label)
-        x_gradient = weight_gradient = None
-        if needs_x:
-            x_gradient = gradient_of_input(operand, weight, ctx.out_first, ctx.products)
-        if needs_weight:
-            weight_gradient = gradient_of_weight(operand, x, weight, ctx.out_first, ctx.products)
-        bias_gradient = as_rows(gradient).sum(0) if needs_bias else None
-        return x_gradient, weight_gradient, bias_gradient, None, None, None, None
+        bias_gradient = as_rows(gradient).sum(0) if ctx.needs_input_grad[2] else None
+        return *_row_gradients(ctx, operand), bias_gradient, None, None, None, None
+
+
+class RowProduct(torch.autograd.Function):
+    """V x V -> P: what :class:`RowLinear` reduces. It keeps the same tensors, but before there is a sum.
+
+    Activation checkpointing recomputes a forward until it has all tensors that were kept. Where this is the
+    last one, there is no sum again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, out_first: bool, products: Products) -> Tensor:
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        ctx.out_first, ctx.products = out_first, products
+        return _no_view(product(x, weight, None, out_first, products))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return *_row_gradients(ctx, gradient), None, None
+
+
+def _row_gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    x, weight = ctx.saved_tensors
+    x_gradient = weight_gradient = None
+    if ctx.needs_input_grad[0]:
+        x_gradient = gradient_of_input(gradient, weight, ctx.out_first, ctx.products)
+    if ctx.needs_input_grad[1]:
+        weight_gradient = gradient_of_weight(gradient, x, weight, ctx.out_first, ctx.products)
+    return x_gradient, weight_gradient

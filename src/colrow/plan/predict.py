@@ -16,6 +16,7 @@ from colrow.plan.flow import GradientFlow
 from colrow.plan.gradients import Summation
 from colrow.plan.plan import Sharding
 from colrow.plan.prediction import Direction, PredictedCollective, Prediction
+from colrow.plan.recomputed import Recomputed
 from colrow.plan.selection import Selection
 from colrow.plan.sequence.cut import SequenceCut
 from colrow.plan.sequence.lower import but_gathered
@@ -70,6 +71,7 @@ class _Predictor:
         sequences: Sequence[SequenceCut],
     ) -> None:
         self._flow = GradientFlow(selection.trace, frozen)
+        self._recomputed = Recomputed(selection.trace, self._flow)
         self._selection, self._states, self._borders = selection, states, borders
         self._reductions, self._parameters = reductions, parameters
         self._summations = but_gathered(summations, sequences)
@@ -80,17 +82,20 @@ class _Predictor:
     def run(self) -> Prediction:
         for one in self._reductions.all:
             holder = one.module if one.call is not None else one.module.parent
+            end = one.call.last if one.call is not None else one.module.last
+            again = self._recomputed.times(holder, end - 1)
             varies = self._on_guesses(holder)
-            self._sum(one.value, f"exit {one.module.path}", one.module.first, varies)
+            self._sum(one.value, f"exit {one.module.path}", one.module.first, varies, again)
         for operation in self._selection.trace.operations:
             if self._selection.looks_up(operation) and self._states.is_local(operation.inputs[0]):
                 path = operation.module.path if operation.module is not None else ""
                 varies = self._on_guesses(operation.module)
-                self._sum(operation.outputs[0], f"lookup {path}", operation.index, varies)
-        for value, module in self._borders.gathered:
-            self._add(value, "forward", "all-gather", f"gather {module.path}", module.first)
-        for value, module in self._borders.unread:
-            self._add(value, "forward", "all-gather", f"gather {module.path}", module.first)
+                again = self._recomputed.times(operation.module, operation.index)
+                self._sum(operation.outputs[0], f"lookup {path}", operation.index, varies, again)
+        for value, module in (*self._borders.gathered, *self._borders.unread):
+            again = self._recomputed.times(module.parent, module.last - 1)
+            label = f"gather {module.path}"
+            self._add(value, "forward", "all-gather", label, module.first, again=again)
         for value, module in self._borders.losses:
             self._loss(value, module)
         self._shared_gradients()
@@ -107,12 +112,12 @@ class _Predictor:
                 self._count(mode, summation.value, "backward", "all-reduce", f"enter {path}", varies)
         return Prediction(self._collectives(), *self._sizes())
 
-    def _sum(self, value: Value, label: str, at: int, varies: bool) -> None:
+    def _sum(self, value: Value, label: str, at: int, varies: bool, again: int) -> None:
         """A partial sum that becomes whole, or each rank's part of a sequence."""
         if value.index not in self._scattered:
-            self._add(value, "forward", "all-reduce", label, at, varies)
+            self._add(value, "forward", "all-reduce", label, at, varies, again)
             return
-        self._add(value, "forward", "reduce-scatter", label, at, varies)
+        self._add(value, "forward", "reduce-scatter", label, at, varies, again)
         if self._flow.reaches(value):
             self._add(value, "backward", "all-gather", label, at, varies)
 
@@ -127,7 +132,8 @@ class _Predictor:
                         if any(self._flow.through(one) for one in crossing.read_after(where)):
                             self._add(value, "backward", "all-gather", f"slice {sequence.name}", at, varies)
                     continue
-                self._add(value, "forward", "all-gather", f"gather {sequence.name}", at, varies)
+                again = self._recomputed.times(crossing.operations[0].module, at)
+                self._add(value, "forward", "all-gather", f"gather {sequence.name}", at, varies, again)
                 has_gradient = self._flow.reaches(value) and any(map(self._flow.through, crossing.operations))
                 if has_gradient and crossing.way == "partial":
                     self._add(value, "backward", "reduce-scatter", f"gather {sequence.name}", at, varies)
@@ -212,10 +218,22 @@ class _Predictor:
         for mode, root in self._selection.trace.runs:
             found: dict[torch.dtype, dict[int, Value]] = defaultdict(dict)
             for one in self._summations:
-                flows = any(
-                    root.first <= use.index < root.last for use in one.operations if self._flow.through(use)
-                )
-                if one.value.source.kind == "parameter" and self._flow.reaches(one.value) and flows:
+                if one.value.source.kind != "parameter" or not self._flow.reaches(one.value):
+                    continue
+                uses = [
+                    use
+                    for use in one.operations
+                    if root.first <= use.index < root.last and self._flow.through(use)
+                ]
+                apart = {
+                    use.module.index: use
+                    for use in uses
+                    if use.module is not None and self._recomputed.is_apart(use)
+                }
+                for use in apart.values():
+                    label, varies = f"parameter {one.value.source.name}", self._on_guesses(use.module)
+                    self._count(mode, one.value, "backward", "all-reduce", label, varies)
+                if len(apart) < len(uses):
                     found[one.value.dtype][one.value.index] = one.value
             for dtype, values in found.items():
                 shape = (sum(prod(value.shape) for value in values.values()),)
@@ -246,11 +264,21 @@ class _Predictor:
         return value.producer is not None and self._on_guesses(value.producer.module)
 
     def _add(
-        self, value: Value, direction: Direction, kind: str, label: str, at: int, varies: bool = False
+        self,
+        value: Value,
+        direction: Direction,
+        kind: str,
+        label: str,
+        at: int,
+        varies: bool = False,
+        again: int = 0,
     ) -> None:
+        """One collective of the run that operator ``at`` is of; in its backward pass so often ``again``."""
         for mode, root in self._selection.trace.runs:
             if root.first <= at < root.last:
                 self._count(mode, value, direction, kind, label, varies)
+                for _ in range(again):
+                    self._count(mode, value, "backward", kind, label, varies)
 
     def _count(
         self, mode: str, value: Value, direction: Direction, kind: str, label: str, varies: bool = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,7 +11,15 @@ from torch import Tensor, nn
 
 from colrow.trace.integers import Attribute, Expression, Size, TracedInt, substitute
 from colrow.trace.recorder import Recorder
-from colrow.trace.records import Escape, FunctionCall, ModuleCall, Operation, Value, WrittenGradient
+from colrow.trace.records import (
+    Escape,
+    FunctionCall,
+    ModuleCall,
+    Operation,
+    Recomputation,
+    Value,
+    WrittenGradient,
+)
 from colrow.trace.tree import map_leaves
 
 
@@ -24,6 +33,7 @@ class Position:
     modules: int
     escapes: int
     written: int
+    recomputed: int
 
 
 @dataclass(frozen=True)
@@ -104,6 +114,11 @@ class Copy:
             trace.escapes.append(Escape(self._moved(escape.expression), escape.use, inside, escape.site))
         for written in trace.written[first.written : last.written]:
             self._copy_written(written)
+        for recomputed in trace.recomputed[first.recomputed : last.recomputed]:
+            self._copy_recomputed(recomputed)
+        kept = self.recorder.kept
+        start, end = (bisect_right(kept, one.operations) for one in (first, last))
+        kept += [position + self.shift for position in kept[start:end]]
         return Copied(map_leaves(self.template.result, self._result))
 
     def _copy_values(self, originals: list[Value]) -> None:
@@ -184,6 +199,17 @@ class Copy:
             copied=True,
         )
         self.recorder.trace.written.append(new)
+
+    def _copy_recomputed(self, old: Recomputation) -> None:
+        inside = self.modules[old.module.index] if old.module is not None else None
+        new = replace(
+            old,
+            module=inside,
+            first=old.first + self.shift,
+            last=old.last + self.shift,
+            repeated=old.repeated + self.shift,
+        )
+        self.recorder.trace.recomputed.append(new)
 
     def _value(self, value: Value) -> Value:
         return self.values.get(value.index, value)

@@ -246,6 +246,28 @@ class WrittenGradient:
     copied: bool = False
 
 
+@dataclass(frozen=True)
+class Recomputation:
+    """A function that a backward pass runs again, instead of keeping its activations.
+
+    That is what ``torch.utils.checkpoint`` does.
+
+    Attributes:
+        module: the module call whose code calls it.
+        first, last: its operators are ``trace.operations[first:last]``.
+        repeated: only those in front of this one are run again: the others leave nothing that a gradient
+            needs, and PyTorch stops before them.
+        reentrant: the form in which the forward records nothing for gradients, which flow through what is
+            run again, and then from there on.
+    """
+
+    module: ModuleCall | None
+    first: int
+    last: int
+    repeated: int
+    reentrant: bool
+
+
 @dataclass(eq=False)
 class Trace:
     """One run of a model on meta tensors, or several runs of one model.
@@ -261,6 +283,7 @@ class Trace:
         guessed: paths of modules that were run on guesses: another time their code takes another course.
         escapes: integers that were used as numbers.
         written: gradients that the program writes or reads itself.
+        recomputed: functions that a backward pass runs again.
     """
 
     mode: str
@@ -275,6 +298,7 @@ class Trace:
     guessed: set[str] = field(default_factory=set)
     escapes: list[Escape] = field(default_factory=list)
     written: list[WrittenGradient] = field(default_factory=list)
+    recomputed: list[Recomputation] = field(default_factory=list)
 
     def __str__(self) -> str:
         from colrow.trace.show import render

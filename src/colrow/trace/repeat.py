@@ -116,6 +116,7 @@ class Repeater:
             len(trace.modules),
             len(trace.escapes),
             len(trace.written),
+            len(trace.recomputed),
         )
 
     def _contents(self, arguments: tuple[Any, ...]) -> list[Tensor | None]:

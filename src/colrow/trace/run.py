@@ -21,6 +21,7 @@ from colrow.trace.hooks import hooked_parameter
 from colrow.trace.meta import is_on_meta, meta_arguments, meta_copy
 from colrow.trace.modules import asking_logarithms, recorded_modules, unchecked_distributions
 from colrow.trace.operators import OperatorMode
+from colrow.trace.recomputed import recorded_checkpoints
 from colrow.trace.recorder import Recorder, Routing
 from colrow.trace.records import Source, Trace, Value
 from colrow.trace.repeat import Repeater
@@ -157,6 +158,7 @@ def _run(recorder: Recorder, model: nn.Module, example: Example, mode: str, copy
         repeater = Repeater(recorder, model, copy_layers)
         stack.enter_context(recorded_modules(recorder, repeater))
         stack.enter_context(recorded_functions(recorder))
+        stack.enter_context(recorded_checkpoints(recorder))
         stack.enter_context(asking_logarithms())
         stack.enter_context(unchecked_distributions())
         stack.enter_context(_no_fast_path())

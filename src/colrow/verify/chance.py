@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from colrow.trace.functions import opened
@@ -42,6 +43,14 @@ def seed_everything(seed: int) -> None:
         sys.modules["numpy"].random.seed(seed % 2**32)
 
 
+def _nothing_dropped(
+    input: Tensor, p: float = 0.5, training: bool = True, *others: Any, **more: Any
+) -> Tensor:
+    """What dropout gives that happens to drop nothing; it keeps as many tensors for the backward pass."""
+    training = more.get("train", training)
+    return input * torch.ones_like(input) if training and p else input
+
+
 class WithoutChance(TorchFunctionMode):
     """Dropout does nothing; other random draws depend on their place in the program alone."""
 
@@ -56,7 +65,7 @@ class WithoutChance(TorchFunctionMode):
         keywords = kwargs or {}
         name = getattr(function, "__name__", "")
         if name in _DROPOUTS:
-            return args[0] if args else keywords["input"]
+            return _nothing_dropped(*args, **keywords)
         if function is F.scaled_dot_product_attention:
             if len(args) > _ATTENTION_PROBABILITY:
                 args = (*args[:_ATTENTION_PROBABILITY], 0.0, *args[_ATTENTION_PROBABILITY + 1 :])

@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import _engine_run_backward
 
 from colrow.apply import ShardedLogits
 from colrow.collectives import CommStats, Communicator, Tally, comm_stats
@@ -198,7 +199,12 @@ class Runner:
     def _backward(self, outputs: Outputs, objective: Objective) -> None:
         total = objective_of(outputs, objective, self.seed)
         if total is not None:
-            total.backward()
+            # what backward itself calls: modes are off while backward runs, as in every function that they
+            # can change, but what is recomputed in it must be as it was in the forward
+            ones = torch.ones_like(total)
+            _engine_run_backward(
+                (total,), (ones,), False, False, (), allow_unreachable=True, accumulate_grad=True
+            )
 
 
 def difference_of(after: CommStats, before: CommStats) -> CommStats:
