@@ -134,3 +134,15 @@ class Steep(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         steep = torch.sin(1e13 * self.scale) / 1e13
         return self.down(torch.tanh(self.up(x * self.scale))) + steep
+
+
+class Shares(nn.Module):
+    """All gradients are zero, but for rounding: shares sum to one whatever they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 333), nn.Linear(333, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shares = torch.softmax(self.down(torch.tanh(self.up(x))), -1)
+        return (0.1 * shares).sum(-1) + 3.0

@@ -244,3 +244,12 @@ def test_steps_from_equal_parameters_hide_no_error(ranks: Callable[[int], Pool])
         stages = {check.stage for check in report.failed}
         assert {"step 1", "step 2", "step 3"} <= stages
         assert not [note for note in report.notes if "equal parameters" in note]
+
+
+def _verify_shares(size: int) -> Report:
+    return verify_on_ranks(models.Shares, Example((torch.rand(4, 6),)), worker_mesh(size))
+
+
+def test_gradients_that_are_zero_but_for_rounding(ranks: Callable[[int], Pool]) -> None:
+    for report in ranks(2).run(_verify_shares, 2):
+        assert report.passed, str(report)

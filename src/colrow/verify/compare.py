@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ from colrow.verify.run import Outputs
 
 OUTPUT_FLOOR = 1e-6
 """An output smaller than this part of the largest one is measured by that."""
+GRADIENT_FLOOR = 1e-6
+"""Gradients that are all smaller than this part of the largest output are measured by that: where they are
+zero, as those of a softmax over one class, nothing is left of them but rounding."""
 MISSING = float("inf")
 
 
@@ -28,6 +31,7 @@ def compare_tensors(
     tolerance: float,
     floor: float,
     sizes: Mapping[str, float] | None = None,
+    least: float = 0.0,
 ) -> list[Check]:
     """One check for each name. What only one side has differs.
 
@@ -37,9 +41,10 @@ def compare_tensors(
         tolerance: relative to the largest magnitude of each tensor.
         floor: what is smaller than this part of the largest of all tensors is measured by that.
         sizes: by which errors are measured; default: the magnitudes of ``expected``.
+        least: errors are measured by no less than this.
     """
     sizes = sizes or {name: magnitude(one) for name, one in expected.items()}
-    smallest = floor * max(sizes.values(), default=0.0)
+    smallest = max(least, floor * max(sizes.values(), default=0.0))
     checks = []
     for name in [*expected, *(name for name in found if name not in expected)]:
         note = ""
@@ -55,6 +60,11 @@ def compare_tensors(
                 note = f"{list(found[name].shape)} instead of {list(expected[name].shape)}"
         checks.append(Check(stage, kind, name, error, tolerance, note))
     return checks
+
+
+def least_gradient(outputs: Iterable[Tensor]) -> float:
+    """By what gradients of such outputs are measured at least."""
+    return GRADIENT_FLOOR * max(map(magnitude, outputs), default=0.0)
 
 
 def compare_kept(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from colrow.parameters import clip_grad_norm_
 from colrow.replicas import check_replicas
-from colrow.verify.compare import MISSING, compare_tensors, local_parts
+from colrow.verify.compare import MISSING, compare_tensors, least_gradient, local_parts
 from colrow.verify.exchange import RanksRaised
 from colrow.verify.measure import FLOOR, magnitude
 from colrow.verify.report import Check, Difference, merge
@@ -76,7 +76,7 @@ class Steps:
                     torch.optim.SGD(one.parameters(), rate, MOMENTUM, weight_decay=WEIGHT_DECAY)
                     for one in (original, model)
                 ]
-            self._clip(case.stage, limit)
+            self._clip(compared, limit)
             for optimizer in optimizers:
                 optimizer.step()
         stage = f"after {steps} steps"
@@ -105,8 +105,8 @@ class Steps:
             )
         return again
 
-    def _clip(self, stage: str, limit: float) -> None:
-        verification = self._verification
+    def _clip(self, compared: Compared, limit: float) -> None:
+        verification, stage = self._verification, compared.case.stage
         expected = torch.nn.utils.clip_grad_norm_(verification.original.parameters(), limit)
         model = verification.model
         try:
@@ -116,7 +116,8 @@ class Steps:
             verification.add([error])
             raise Stopped from raised
         norms = {"gradients": found}, {"gradients": expected}
-        checks = compare_tensors(stage, "norm", *norms, verification.tolerance, 0.0)
+        least = least_gradient(compared.expected.outputs.values.values())
+        checks = compare_tensors(stage, "norm", *norms, verification.tolerance, 0.0, least=least)
         self._update(merge(verification.exchange.gather(checks)))
 
     def _parameters(self, stage: str) -> list[Check]:

@@ -14,6 +14,7 @@ from colrow.verify.compare import (
     OUTPUT_FLOOR,
     compare_kept,
     compare_tensors,
+    least_gradient,
     local_parts,
     without_numbers,
 )
@@ -168,7 +169,8 @@ class Verification:
         checks = compare_tensors(stage, "outputs", outputs, whole, tolerance, OUTPUT_FLOOR)
         parts = local_parts(self.model, expected.gradients)
         sizes = {name: magnitude(one) for name, one in expected.gradients.items()}
-        checks += compare_tensors(stage, "gradients", found.gradients, parts, tolerance, FLOOR, sizes)
+        least = least_gradient(whole.values())
+        checks += compare_tensors(stage, "gradients", found.gradients, parts, tolerance, FLOOR, sizes, least)
         merged = merge(self.exchange.gather(checks))
         if everything:
             merged += compare_kept(stage, found.outputs, expected.outputs, tolerance, self.exchange)
