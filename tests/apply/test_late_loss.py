@@ -240,6 +240,13 @@ def _hooked(model: Reader, logits: Tensor, labels: Tensor) -> Tensor:
     return loss
 
 
+def _written_after_cast(model: Reader, logits: Tensor, labels: Tensor) -> Tensor:
+    """A cast to what they are gives the logits themselves."""
+    cast = logits.double()
+    cast.mul_(0.5)
+    return _reduced(cast, labels) + 2 * _reduced(logits, labels)
+
+
 def _partly_without_gradient(model: Reader, logits: Tensor, labels: Tensor) -> Tensor:
     with torch.no_grad():
         constant = _reduced(logits * 2, labels)
@@ -261,7 +268,11 @@ def _selected(model: Reader, logits: Tensor, labels: Tensor) -> Tensor:
 USES: dict[str, Loss] = {
     "another's function": lambda m, x, y: _reduced(Halved.apply(x), y) + _reduced(x, y),
     "another's function later": lambda m, x, y: _reduced(Halved.apply((x[:, 1:] * 2).mT.mT), y[:, 1:]),
+    "another's function between shapes": lambda m, x, y: _reduced(
+        Halved.apply(x.reshape((-1, 2, IDS))).view([*y.shape, -1]).unsqueeze(0), y[None]
+    ),
     "written into": _written,
+    "written into after a cast": _written_after_cast,
     "hooks": _hooked,
     "selected": _selected,
     "partly without gradient": _partly_without_gradient,

@@ -37,13 +37,15 @@ def _options(size: int, vocabulary: int, is_compiled: bool) -> None:
     cut = Cut.balanced(vocabulary, size)
     generator = torch.Generator().manual_seed(vocabulary)
     whole = 5 * torch.randn(2, 9, vocabulary, dtype=torch.float64, generator=generator)
-    target = torch.randint(vocabulary, (2, 9), generator=generator)
-    target[0, 3] = target[1, 0] = -100
+    given = torch.randint(vocabulary, (2, 9), generator=generator)
     weights = torch.rand(vocabulary, dtype=torch.float64, generator=generator)
     cotangent = torch.randn(2, 9, dtype=torch.float64, generator=generator)
     reductions = ("mean", "none") if is_compiled else ("mean", "sum", "none")
     for smoothing, weight, reduction in product((0.0, 0.1), (None, weights), reductions):
         options: dict[str, Any] = {"label_smoothing": smoothing, "weight": weight, "reduction": reduction}
+        ignored = options["ignore_index"] = vocabulary // 2 if smoothing else -100  # one of the ids, too
+        target = given.clone()
+        target[0, 3] = target[1, 0] = ignored
         a = whole.clone().requires_grad_()
         b = _own(whole, cut, rank).requires_grad_()
         before = b.detach().clone()

@@ -6,7 +6,6 @@ Each function here gives ``None`` where numbers are needed.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +15,12 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from colrow.apply.loss_late import Cast, Late, made_from
 from colrow.apply.loss_tensor import Call, LocalLogits
 from colrow.apply.nesting import leaves, mapped
+
+# the same elements in the same order, in a shape that arguments may give
+SHAPES = {
+    "view", "view_as", "reshape", "reshape_as", "flatten", "unflatten", "squeeze", "unsqueeze", "ravel",
+}  # fmt: skip
+_CASTS = {"float": torch.float32, "double": torch.float64, "bfloat16": torch.bfloat16}
 
 Rule = Callable[[Call], Any]
 """Gives the result of a call with logits that have numbers."""
@@ -28,12 +33,14 @@ def followed_part(call: Call, rule: Rule) -> Any:
     if found is None or any(isinstance(one, torch.dtype) for one in leaves((call.args, call.kwargs))):
         return None
     operand, late = found
-    # as they are now: what selects rows may be written into later
-    call = _with_others(call, lambda one: one.clone())
-    of_rows = _with_others(call, lambda one: _beside(one, late.rows))
-    parts, structure = tree_flatten(
-        rule(of_rows.of(LocalLogits.of(late.rows, operand.vocabulary, operand.dimension)))
-    )
+    of_rows = call
+    if any(isinstance(one, Tensor) and one is not operand for one in leaves((call.args, call.kwargs))):
+        # as they are now: what selects rows may be written into later
+        call = _with_others(call, lambda one: one.clone())
+        of_rows = _with_others(call, lambda one: _beside(one, late.rows))
+    result = rule(of_rows.of(LocalLogits.of(late.rows, operand.vocabulary, operand.dimension)))
+    # nearly always it is one tensor
+    parts, structure = ([result], None) if isinstance(result, LocalLogits) else tree_flatten(result)
     width = operand.outside.shape[operand.dimension]
     results = []
     for index, leaf in enumerate(parts):
@@ -48,9 +55,10 @@ def followed_part(call: Call, rule: Rule) -> Any:
                 operand.outside.dtype,
                 leaf.plain,
                 late.changes,
+                call.name in SHAPES,
             )
         )
-    return tree_unflatten(results, structure)
+    return results[0] if structure is None else tree_unflatten(results, structure)
 
 
 def _beside(one: Tensor, rows: Tensor) -> Tensor:
@@ -64,6 +72,8 @@ def followed_same(call: Call, rule: Rule) -> LocalLogits | None:
     if found is None or call.name in ("detach", "data"):
         return None
     outside = found[0].outside
+    if len(call.args) == 1 and not call.kwargs and _CASTS.get(call.name) == outside.dtype:
+        return found[0]  # as torch gives the tensor itself
     result = _tried(call, outside)
     if result is None or result.device != outside.device:
         return None
@@ -154,7 +164,7 @@ def _with_others(call: Call, change: Callable[[Tensor], Tensor]) -> Call:
         return change(one) if isinstance(one, Tensor) and not isinstance(one, LocalLogits) else one
 
     args, kwargs = mapped(changed, (call.args, call.kwargs))
-    return replace(call, args=args, kwargs=kwargs)
+    return Call(call.function, call.name, args, kwargs, call.logits)
 
 
 def _tried(call: Call, outside: Tensor) -> Tensor | None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from colrow.apply.loss_followed import (
+    SHAPES,
     Rule,
     followed_cast,
     followed_change,
@@ -34,10 +35,6 @@ from colrow.layers import cross_entropy
 _SAME = {
     "contiguous", "clone", "detach", "to", "cpu", "cuda", "type", "type_as", "float", "double", "half",
     "bfloat16", "data", "real",
-}  # fmt: skip
-# the same elements in the same order, in a shape that arguments may give
-_SHAPES = {
-    "view", "view_as", "reshape", "reshape_as", "flatten", "unflatten", "squeeze", "unsqueeze", "ravel",
 }  # fmt: skip
 _EXPANSIONS = {"expand", "expand_as", "broadcast_to"}
 # some of the elements, or in another order of dimensions
@@ -159,26 +156,28 @@ def _same(call: Call) -> Any:
 
 
 def _reshape(call: Call) -> Any:
-    with torch.no_grad():
-        whole = call.run(_twin(call.size)) if isinstance(call.operand, LocalLogits) else None
-    if whole is None:  # another tensor gets the shape of logits
-        return call.run(lambda value: _twin(call.size)(value) if isinstance(value, LocalLogits) else value)
     operand = call.operand
-    assert isinstance(operand, LocalLogits)
-    if whole.dtype != operand.dtype:  # view(dtype) gives other elements
-        raise call.refused()
+    if not isinstance(operand, LocalLogits):  # another tensor gets the shape of logits
+        return call.run(lambda value: _twin(call.size)(value) if isinstance(value, LocalLogits) else value)
+    whole = _asked_shape(call, operand)
+    if whole is None:
+        with torch.no_grad():
+            twin = call.run(_twin(call.size))
+        if twin.dtype != operand.dtype:  # view(dtype) gives other elements
+            raise call.refused()
+        whole = tuple(twin.shape)
     if call.name in _EXPANSIONS:
-        found = [whole.dim() - operand.dim() + operand.dimension]
+        found = [len(whole) - operand.dim() + operand.dimension]
     else:
         inner = math.prod(operand.shape[operand.dimension + 1 :])
         found = [
             dimension
-            for dimension in reversed(range(whole.dim()))
-            if whole.shape[dimension] == call.size and math.prod(whole.shape[dimension + 1 :]) == inner
+            for dimension in reversed(range(len(whole)))
+            if whole[dimension] == call.size and math.prod(whole[dimension + 1 :]) == inner
         ]
-    if not found or whole.shape[found[0]] != call.size:
-        raise call.cuts(whole.shape)
-    shape = list(whole.shape)
+    if not found or whole[found[0]] != call.size:
+        raise call.cuts(whole)
+    shape = list(whole)
     shape[found[0]] = operand.plain.shape[operand.dimension]
     if call.name in _EXPANSIONS:
         result = operand.plain.expand(shape)
@@ -186,6 +185,22 @@ def _reshape(call: Call) -> Any:
         # view must fail where it would for the whole: where memory would have to be copied
         result = operand.plain.view(shape) if call.name.startswith("view") else operand.plain.reshape(shape)
     return LocalLogits.of(result, call.vocabulary, found[0])
+
+
+def _asked_shape(call: Call, operand: LocalLogits) -> tuple[int, ...] | None:
+    """The shape of all ids that ``view`` or ``reshape`` is given in numbers; ``None``: torch must find it."""
+    sizes = call.args[1:]
+    if len(sizes) == 1 and isinstance(sizes[0], tuple | list):
+        sizes = tuple(sizes[0])
+    if call.name not in ("view", "reshape") or call.kwargs or not all(type(one) is int for one in sizes):
+        return None
+    elements = math.prod(_shape(operand, call.size))
+    if sizes.count(-1) == 1:
+        others = -math.prod(sizes)
+        if others > 0 and elements % others == 0:
+            sizes = tuple(elements // others if one == -1 else one for one in sizes)
+    # what does not fit is for torch to refuse
+    return sizes if all(one >= 0 for one in sizes) and math.prod(sizes) == elements else None
 
 
 def _move(call: Call) -> Any:
@@ -245,7 +260,7 @@ _RULES: tuple[tuple[set[str], Rule, Callable[[Call, Rule], Any] | None], ...] = 
     (_QUERIES | _OF_NUMBERS, _query, None),
     (_SIZES, _sizes, None),
     (_SAME, _same, followed_same),
-    (_SHAPES | _EXPANSIONS, _reshape, followed_part),
+    (SHAPES | _EXPANSIONS, _reshape, followed_part),
     (_MOVES, _move, followed_part),
     (_ELEMENTWISE, _elementwise, followed_change),
     (_IN_PLACE, _elementwise, None),

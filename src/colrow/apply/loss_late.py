@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -106,18 +106,24 @@ class Origin:
         first, count = int(flat[0]) if len(flat) else 0, len(flat)
         with self.modes():
             if torch.equal(flat, torch.arange(first, first + count)):
-                x = x[first : first + count]
+                x = x if count == len(x) else x[first : first + count]
             else:
                 x = x.index_select(0, flat.to(x.device))
             x = x.view(*rows.shape, x.shape[-1])
             return column_cross_entropy(x, weight, bias[0] if bias else None, target, self._layer, **options)
 
-    @contextmanager
-    def modes(self) -> Iterator[None]:
+    def modes(self) -> AbstractContextManager[None]:
         """Gradients are recorded as they were, and operands, which have been cast, stay as they are."""
         device = _autocast_device(self._operands[0])
-        with torch.set_grad_enabled(self._records), torch.autocast(device, enabled=False):
-            yield
+        if torch.is_grad_enabled() == self._records and not torch.is_autocast_enabled(device):
+            return nullcontext()
+        return _modes(self._records, device)
+
+
+@contextmanager
+def _modes(records: bool, device: str) -> Iterator[None]:
+    with torch.set_grad_enabled(records), torch.autocast(device, enabled=False):
+        yield
 
 
 def _autocast_device(tensor: Tensor) -> str:
@@ -278,6 +284,7 @@ def made_from(
     dtype: torch.dtype,
     rows: Tensor,
     changes: tuple[Callable[[Tensor], Tensor], ...],
+    keeps_order: bool = False,
 ) -> LocalLogits:
     """What a function gives for late logits, without numbers.
 
@@ -286,9 +293,13 @@ def made_from(
         function: of their numbers.
         shape, dimension, dtype: of the result, and where its vocabulary is.
         rows, changes: as of :class:`Late`.
+        keeps_order: the result has the same elements in the same order.
     """
     before = logits.late
     assert before is not None
-    outside = _Outside.apply(shape, dtype, function, lambda: (before.get(),), logits.outside)
+    if keeps_order:
+        outside = logits.outside.view(shape)  # it is of one element: no shape is impossible
+    else:
+        outside = _Outside.apply(shape, dtype, function, lambda: (before.get(),), logits.outside)
     late = Late(before.origin, rows, changes, lambda: function(before.get()))
     return late_of(outside, logits.vocabulary, dimension, late)

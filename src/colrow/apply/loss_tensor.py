@@ -8,8 +8,8 @@ been computed yet: :mod:`colrow.apply.loss_late`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -144,7 +144,7 @@ class Call:
         (logits,) = self.logits
         args, kwargs = mapped(lambda one: operand if one is logits else one, (self.args, self.kwargs))
         found = (operand,) if isinstance(operand, LocalLogits) else ()
-        return replace(self, args=args, kwargs=kwargs, logits=found)
+        return Call(self.function, self.name, args, kwargs, found)
 
     def refused(self) -> PlanError:
         """The error of a function that would need the other ranks' ids."""
@@ -153,7 +153,7 @@ class Call:
             "of the vocabulary only"
         )
 
-    def cuts(self, shape: torch.Size | None) -> PlanError:
+    def cuts(self, shape: Sequence[int] | None) -> PlanError:
         """The error of a function whose result, of ``shape``, has not all ids in one dimension."""
         result = "its result has" if shape is None else f"{list(shape)} has"
         return self.vocabulary.error(

@@ -10,7 +10,7 @@ in. Nothing is computed twice.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -65,6 +65,8 @@ def _is_kept() -> bool:
 
 def _as_given(x: Tensor) -> AbstractContextManager[object]:
     """The operands have been cast already: what is in single precision stays so."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return nullcontext()
     return torch.autocast(x.device.type, enabled=False)
 
 

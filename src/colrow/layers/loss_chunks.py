@@ -135,13 +135,14 @@ class Chunks:
         values, pull_back = self._logits(part, True)
         terms, scale = self._of(values)
         terms, scale = terms.at(part), scale[part]
-        largest = options.ranks.all_reduce(_largest(values), "max", label=f"{options.label} max")
+        own = _largest(values)
+        largest = options.ranks.start_all_reduce(own, "max", label=f"{options.label} max", owned=True).wait()
         linear = terms.of_logits(values)
-        values.sub_(largest[:, None]).exp_()
+        values.sub_(largest.unsqueeze(1)).exp_()
         sums = torch.stack([values.sum(1), *linear])
         sums = options.ranks.start_all_reduce(sums, label=f"{options.label} sum", owned=True).wait()
         log_sum = sums[0].log() + largest
-        values.mul_((terms.of_softmax(log_sum, scale) / sums[0])[:, None])
+        values.mul_((terms.of_softmax(log_sum, scale) / sums[0]).unsqueeze(1))
         terms.finish_gradient_(values, scale)
         return terms.loss(log_sum, sums[1:]), pull_back(values)
 

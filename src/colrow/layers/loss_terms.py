@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -132,8 +132,8 @@ class Terms:
         options: of the loss.
         kept: whether the token counts.
         own: whether its target is among this rank's ids.
-        column: where among them; 0 where it is not.
-        target_weight: weight of its target, 0 where it is ignored.
+        column: where among them; any where it is not.
+        target_weight: weight of its target, 0 where it is ignored; ``None``: 1 of each that counts.
         total_weight: of all ids.
         own_weight: [this rank's ids], or ``None`` where all are one.
     """
@@ -142,7 +142,7 @@ class Terms:
     kept: Tensor
     own: Tensor
     column: Tensor
-    target_weight: Tensor
+    target_weight: Tensor | None
     total_weight: float
     own_weight: Tensor | None
 
@@ -151,19 +151,28 @@ class Terms:
         """The terms on a rank with ``width`` ids; numbers are in ``dtype``."""
         options, kept, weight = inputs.options, inputs.kept, inputs.class_weight
         local = inputs.target - options.start
-        own = kept & (local >= 0) & (local < width)
-        target_weight, total, own_weight = kept.to(dtype), float(options.vocabulary), None
+        column = local.clamp(0, max(width - 1, 0))
+        own = column == local if width else torch.zeros_like(kept)
+        if 0 <= options.ignore_index < options.vocabulary:  # else it is no rank's id
+            own &= kept
+        target_weight, total, own_weight = None, float(options.vocabulary), None
         if weight is not None:
-            target_weight = target_weight * weight.to(dtype)[torch.where(kept, inputs.target, 0)]
+            target_weight = kept.to(dtype) * weight.to(dtype)[torch.where(kept, inputs.target, 0)]
             total, own_weight = float(weight.sum()), options.own(weight, width).to(dtype)
-        return cls(options, kept, own, torch.where(own, local, 0), target_weight, total, own_weight)
+        return cls(options, kept, own, column, target_weight, total, own_weight)
 
     def at(self, part: slice) -> Terms:
         """The terms of some tokens."""
         if part.start == 0 and part.stop >= len(self.kept):
             return self
-        tokens = {field.name for field in fields(self)} - {"options", "total_weight", "own_weight"}
-        return replace(self, **{name: getattr(self, name)[part] for name in tokens})
+        weight = self.target_weight
+        return replace(
+            self,
+            kept=self.kept[part],
+            own=self.own[part],
+            column=self.column[part],
+            target_weight=None if weight is None else weight[part],
+        )
 
     def of_logits(self, values: Tensor) -> list[Tensor]:
         """This rank's share of what is linear in the logits, [tokens] each.
@@ -176,7 +185,7 @@ class Terms:
         if not values.shape[1]:
             chosen = values.sum(1)
         else:
-            chosen = torch.where(self.own, values.gather(1, self.column[:, None])[:, 0], 0)
+            chosen = torch.where(self.own, values.gather(1, self.column.unsqueeze(1)).squeeze(1), 0)
         if not self.options.smoothing:
             return [chosen]
         return [chosen, values.sum(1) if self.own_weight is None else values @ self.own_weight]
@@ -189,7 +198,7 @@ class Terms:
             of_logits: :meth:`of_logits`, summed over the ranks.
         """
         options = self.options
-        loss = (1 - options.smoothing) * self.target_weight * (log_sum - of_logits[0])
+        loss = self._of_target(log_sum - of_logits[0])
         if options.smoothing:
             share = options.smoothing / options.vocabulary
             spread = log_sum * self.total_weight - of_logits[1]
@@ -199,6 +208,12 @@ class Terms:
         # a number that is not finite must not hide behind an ignored target
         return torch.where(self.kept, loss, 0)
 
+    def _of_target(self, numbers: Tensor) -> Tensor:
+        """[tokens]: multiplied with what the target's own share of the loss is."""
+        if self.options.smoothing:
+            numbers = numbers * (1 - self.options.smoothing)
+        return numbers if self.target_weight is None else numbers * self.target_weight
+
     def of_softmax(self, log_sum: Tensor, scale: Tensor) -> Tensor:
         """[tokens]: the coefficient of the softmax in the gradient.
 
@@ -206,7 +221,7 @@ class Terms:
             scale: [tokens], what each token's loss is multiplied with; 0 where it is ignored.
         """
         options = self.options
-        result = scale * (1 - options.smoothing) * self.target_weight
+        result = self._of_target(scale)
         if options.smoothing:
             result = result + scale * (options.smoothing / options.vocabulary) * self.total_weight
         if options.z_loss:
@@ -223,11 +238,11 @@ class Terms:
         options = self.options
         if not values.shape[1]:
             return
-        of_target = scale * (1 - options.smoothing) * self.target_weight
-        values.scatter_add_(1, self.column[:, None], -torch.where(self.own, of_target, 0)[:, None])
+        of_target = torch.where(self.own, self._of_target(scale), 0)
+        values.scatter_add_(1, self.column.unsqueeze(1), of_target.neg_().unsqueeze(1))
         if options.smoothing:
             share = scale[:, None] * (options.smoothing / options.vocabulary)
             values.sub_(share if self.own_weight is None else share * self.own_weight)
         if values.device.type != "cpu" or not self.kept.all():
             # an ignored token's logits may be infinite: its gradient is zero all the same
-            values.masked_fill_(~self.kept[:, None], 0)
+            values.masked_fill_(self.kept.logical_not().unsqueeze(1), 0)
