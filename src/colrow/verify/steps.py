@@ -63,10 +63,7 @@ class Steps:
         optimizers: list[torch.optim.Optimizer] = []
         for step in range(steps):
             case = replace(self._case, stage=f"step {step + 1}")
-            compared = self._verification.run(case)
-            if step and compared.differs:
-                compared = self._from_equal_parameters(compared)
-            self._verification.accept(compared)
+            least = self._gradients(case, is_first=not step)
             if not optimizers:
                 # clipping has to act, and a step to be neither lost in rounding nor to blow the model up
                 norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
@@ -76,7 +73,7 @@ class Steps:
                     torch.optim.SGD(one.parameters(), rate, MOMENTUM, weight_decay=WEIGHT_DECAY)
                     for one in (original, model)
                 ]
-            self._clip(compared, limit)
+            self._clip(case.stage, limit, least)
             for optimizer in optimizers:
                 optimizer.step()
         stage = f"after {steps} steps"
@@ -84,29 +81,46 @@ class Steps:
         self._update(self._buffers(stage))
         self._update(self._replicas(stage))
 
-    def _from_equal_parameters(self, compared: Compared) -> Compared:
-        """The same step from equal parameters, if those from which it differed agree."""
-        verification, stage = self._verification, compared.case.stage
-        checks = self._parameters(f"before {stage}")
-        if not all(check.passed for check in checks):
-            return compared
+    def _gradients(self, case: Case, *, is_first: bool) -> float:
+        """Compare the gradients of one step; returns by what they are measured at least."""
+        compared = self._verification.run(case)
+        if compared.differs and not is_first:
+            before = self._parameters(f"before {case.stage}")
+            if all(check.passed for check in before):
+                checks = compared.checks
+                del compared  # large models have no room for the gradients of two runs
+                compared = self._from_equal_parameters(case, checks, before)
+        self._verification.accept(compared)
+        return least_gradient(compared.expected.outputs.values.values())
+
+    def _from_equal_parameters(
+        self, case: Case, checks: Sequence[Check], before: Sequence[Check]
+    ) -> Compared:
+        """The same step from equal parameters.
+
+        Args:
+            case: the step.
+            checks: of the step as it was.
+            before: of the parameters that it began with.
+        """
+        verification = self._verification
         whole = {name: one.detach() for name, one in verification.original.named_parameters()}
         parts = local_parts(verification.model, whole)
         with torch.no_grad():
             for name, one in verification.model.named_parameters():
                 one.copy_(parts[name])
-        again = verification.run(compared.case)
+        again = verification.run(case)
         if not again.differs:
-            worst = max((check for check in compared.checks if not check.passed), key=lambda one: one.error)
-            drift = max((check.error for check in checks), default=0.0)
+            worst = max((check for check in checks if not check.passed), key=lambda one: one.error)
+            drift = max((check.error for check in before), default=0.0)
             verification.notes.append(
-                f"{stage}: was compared from equal parameters: the model makes {worst.error:.1e} in "
+                f"{case.stage}: was compared from equal parameters: the model makes {worst.error:.1e} in "
                 f"{worst.name} of the {drift:.1e} by which the parameters differed, in rounding"
             )
         return again
 
-    def _clip(self, compared: Compared, limit: float) -> None:
-        verification, stage = self._verification, compared.case.stage
+    def _clip(self, stage: str, limit: float, least: float) -> None:
+        verification = self._verification
         expected = torch.nn.utils.clip_grad_norm_(verification.original.parameters(), limit)
         model = verification.model
         try:
@@ -116,7 +130,6 @@ class Steps:
             verification.add([error])
             raise Stopped from raised
         norms = {"gradients": found}, {"gradients": expected}
-        least = least_gradient(compared.expected.outputs.values.values())
         checks = compare_tensors(stage, "norm", *norms, verification.tolerance, 0.0, least=least)
         self._update(merge(verification.exchange.gather(checks)))
 
