@@ -2,27 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from colrow.collectives import Communicator, communicator
+from colrow.collectives import Communicator, all_reduce_of, communicator, network
+from colrow.layers import row_parallel
+from colrow.layout import Cut
 from tests.pool import Pool
+from tests.transport.hosts import on_hosts
 
 SIZES = {2: ((3, 2), (5, 0)), 3: ((2, 2, 1), (0, 5, 0)), 4: ((1, 1, 1, 2), (0, 3, 0, 2))}
 """Extents of a dimension of five on each rank."""
 
 
-def through_gloo() -> Communicator:
-    """All ranks, who do not use the memory that they share: a group decides when it is first used."""
-    with pytest.MonkeyPatch.context() as environment:
+def through_gloo(hosts: Sequence[int] = (0,) * 4, slow: float = float("inf")) -> Communicator:
+    """All ranks, who do not use the memory that they share: a group decides when it is first used.
+
+    Args:
+        hosts: on which host each rank says that it is.
+        slow: bytes per second, below which a network is.
+    """
+    with pytest.MonkeyPatch.context() as environment, on_hosts(hosts):
         environment.setenv("COLROW_TRANSPORT", "gloo")
+        environment.setattr(network, "SLOW_BYTES_PER_SECOND", slow)
         ranks = communicator(dist.new_group(backend="gloo"))
+        assert not ranks.overlaps
         ranks.barrier()
     assert ranks._shared is None
+    assert ranks.overlaps is (len(set(hosts[: ranks.size])) > 1 and slow > 1e6)
     return ranks
 
 
@@ -54,6 +67,75 @@ def _reduce_scatter() -> None:
                     assert torch.equal(operand, parts[ranks.rank])
     assert ranks.reduce_scatter(torch.ones(2, 0), 0, [2, *[0] * (ranks.size - 1)]).numel() == 0
     assert ranks.reduce_scatter(torch.ones(2 * ranks.size), 0).tolist() == [ranks.size] * 2
+
+
+def _in_chunks(hosts: Sequence[int], shape: tuple[int, ...], chunks: list[int]) -> None:
+    """Each chunk's reduction begins before the next chunk is computed."""
+    ranks = through_gloo(hosts)
+    parts = parts_of(ranks, shape, torch.float64)
+    x, begin = parts[ranks.rank], dist.all_reduce
+    events: list[object] = []
+
+    def compute(rows: Tensor) -> Tensor:
+        events.append(rows.shape[:-1].numel())
+        return rows @ torch.ones(shape[-1], 600, dtype=rows.dtype)
+
+    def begun(*arguments: Any, **options: Any) -> object:
+        events.append("begin")
+        return begin(*arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_reduce", begun)
+        found = all_reduce_of(ranks, x, 600, compute, "sum")
+    assert events == [event for chunk in chunks for event in (chunk, "begin")]
+    exact = in_order(parts).sum(-1, keepdim=True).expand(*shape[:-1], 600)
+    torch.testing.assert_close(found, exact, rtol=1e-12, atol=1e-9)
+    assert found.is_contiguous()
+    tally = ranks.statistics.where(label="sum")
+    assert (tally.count, tally.bytes) == (1, found.numel() * found.element_size())
+    everybodys = ranks.all_gather(found.unsqueeze(0), 0)
+    assert all(torch.equal(one, found) for one in everybodys)
+
+
+def _of_a_fast_network() -> None:
+    assert not through_gloo(range(4), slow=1.0).overlaps
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_sums_are_begun_before_all_is_computed(ranks: Callable[[int], Pool], size: int) -> None:
+    hosts = [0, 0, 1][-size:]
+    ranks(size).run(_in_chunks, hosts, (2, 151, 3), [76, 76, 76, 74])
+    ranks(size).run(_in_chunks, hosts, (257, 1), [65, 65, 65, 62])
+    ranks(size).run(_in_chunks, hosts, (200, 2), [200])  # few rows
+    ranks(size).run(_in_chunks, hosts, (0, 2), [0])
+    ranks(size).run(_in_chunks, [1] * size, (2, 151, 3), [302])  # on one host
+    ranks(size).run(_of_a_fast_network)
+
+
+def _row_parallel(features: int) -> None:
+    ranks = through_gloo(range(4))
+    torch.manual_seed(0)
+    whole = torch.nn.Linear(features, 530).double()
+    layer = row_parallel(copy.deepcopy(whole), ranks)
+    cut = Cut.balanced(features, ranks.size)
+    own = slice(cut.start(ranks.rank), cut.stop(ranks.rank))
+    x = torch.randn(3, 100, features, dtype=torch.float64, requires_grad=True)
+    cotangent = torch.randn(3, 100, 530, dtype=torch.float64)
+    exact, found = whole(x), layer(x[..., own])
+    torch.testing.assert_close(found, exact, rtol=1e-12, atol=1e-12)
+    names = [x, *whole.parameters()]
+    of_x, of_weight, of_bias = torch.autograd.grad(exact, names, cotangent)
+    mine = torch.autograd.grad(found, [x, *layer.parameters()], cotangent)
+    expected = (torch.zeros_like(of_x), of_weight[:, own], of_bias)
+    expected[0][..., own] = of_x[..., own]
+    for one, other in zip(mine, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_layer_whose_result_is_summed_in_chunks(ranks: Callable[[int], Pool], size: int) -> None:
+    ranks(size).run(_row_parallel, 7)
+    ranks(size).run(_row_parallel, size - 1)  # one rank reads nothing
 
 
 def _rounded_once() -> None:

@@ -1,6 +1,7 @@
 # Two hosts on one machine: ranks in two network namespaces, each half under a kernel identity of its own.
 #   unshare --user --map-root-user --net --mount --pid --fork --kill-child --mount-proc bash two_hosts.sh RANKS ..
-# runs PROGRAM as RANKS ranks, half on each; ends with the last status that is not 0.
+# runs PROGRAM as RANKS ranks, half on each; ends with the last status that is not 0. RATE, such as 1gbit, is that of
+# the network between them each way; unlimited by default.
 set -e
 ranks=$1
 shift
@@ -16,6 +17,10 @@ there() { nsenter --target $other --net "$@"; }
 there ip link set lo up
 there ip addr add 10.9.0.2/24 dev second
 there ip link set second up
+if [ -n "$RATE" ]; then
+  tc qdisc add dev first root tbf rate $RATE burst 256kb latency 100ms
+  there tc qdisc add dev second root tbf rate $RATE burst 256kb latency 100ms
+fi
 kernels=$(mktemp -d)
 trap 'rm -r $kernels' EXIT
 echo first > $kernels/first

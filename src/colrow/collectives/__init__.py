@@ -20,6 +20,7 @@ from colrow.collectives.functions import (
     reduce_scatter_async,
     slice_local,
 )
+from colrow.collectives.in_chunks import all_reduce_of
 from colrow.collectives.pending import Pending
 from colrow.collectives.statistics import Call, CommStats, Tally
 from colrow.collectives.typed import (
@@ -58,6 +59,7 @@ __all__ = [
     "all_gather_async",
     "all_reduce",
     "all_reduce_async",
+    "all_reduce_of",
     "all_to_all",
     "all_to_all_async",
     "comm_stats",

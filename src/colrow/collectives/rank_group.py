@@ -18,6 +18,7 @@ from torch import Tensor
 
 from colrow.collectives import shared, through_torch
 from colrow.collectives.failure import diagnose, register_member
+from colrow.collectives.network import waits_for_network
 from colrow.collectives.pending import Pending, Step, Work
 from colrow.collectives.statistics import Call, CommStats, current_phase
 from colrow.transport import Memory, share_memory
@@ -39,12 +40,15 @@ class RankGroup:
         statistics: count and bytes of all collectives since start or the last reset.
         sequence: a checksum of the collectives so far, in order: equal on all ranks unless they went
             different ways.
+        overlaps: collectives on the CPU wait for a network, so that a rank should compute meanwhile: gloo is
+            used alone, between hosts, and is slow. Known after the first collective; equal on all ranks.
     """
 
     # as of a group that is not there: what plays one has no process group
     _may_share = False
     _sums_in_half = True
     _shared: Memory | None = None
+    overlaps = False
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
@@ -83,10 +87,20 @@ class RankGroup:
         start: Callable[[], Work | None],
         finish: Callable[[], Tensor],
     ) -> Pending:
+        return self._begin_call(self._record(operation, label, payload), start, finish)
+
+    def _record(self, operation: str, label: str, payload: int) -> Call:
+        """Count a collective that is about to begin."""
         call = Call(operation, label, current_phase(), payload)
         self.statistics.record(call)
         common = payload if operation in _SAME_SIZE else ""
         self.sequence = zlib.crc32(f"{operation}{label}{common}".encode(), self.sequence)
+        return call
+
+    def _begin_call(
+        self, call: Call, start: Callable[[], Work | None], finish: Callable[[], Tensor]
+    ) -> Pending:
+        """Begin a collective that has been counted, or a part of it."""
         begin = time.perf_counter()
         try:
             work = start()
@@ -105,10 +119,13 @@ class RankGroup:
 
     def _join(self, operation: str, label: str) -> None:
         """Agree with the other ranks on shared memory; a failure is that of the group's first collective."""
-        found: list[Memory | None] = []
-        step = Step(Call(operation, label, current_phase(), 0), self.global_ranks)
-        step.wait(lambda: found.append(share_memory(self.group)))
-        self._shared = found[0]
+
+        def agree() -> None:
+            self._shared = share_memory(self.group)
+            if self._shared is None:
+                self.overlaps = waits_for_network(self.group)
+
+        Step(Call(operation, label, current_phase(), 0), self.global_ranks).wait(agree)
         self._may_share = self._shared is not None
 
     def _start(

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from colrow.collectives import AllReduce, Communicator, Enter
+from colrow.collectives import AllReduce, Communicator, Enter, all_reduce_of
 from colrow.layers.products import BY_TORCH, Products, compiled_onednn, onednn
 
 FEATURES_PER_BLOCK = 1024
@@ -289,8 +289,10 @@ class RowLinear(torch.autograd.Function):
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
         ctx.products = products = chosen(products, x, weight)
         ctx.ranks, ctx.label, ctx.out_first = ranks, label, out_first
-        partial = product(x, weight, None, out_first, products)
-        result = ranks.start_all_reduce(partial, label=label, owned=True).wait()
+        written = weight.shape[0 if out_first else 1]
+        result = all_reduce_of(
+            ranks, x, written, lambda part: product(part, weight, None, out_first, products), label
+        )
         return result if bias is None else result.add_(bias)
 
     @staticmethod
