@@ -289,10 +289,14 @@ class RowLinear(torch.autograd.Function):
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
         ctx.products = products = chosen(products, x, weight)
         ctx.ranks, ctx.label, ctx.out_first = ranks, label, out_first
-        written = weight.shape[0 if out_first else 1]
-        result = all_reduce_of(
-            ranks, x, written, lambda part: product(part, weight, None, out_first, products), label
-        )
+        if ranks.overlaps:
+            written = weight.shape[0 if out_first else 1]
+            result = all_reduce_of(
+                ranks, x, written, lambda part: product(part, weight, None, out_first, products), label
+            )
+        else:
+            partial = product(x, weight, None, out_first, products)
+            result = ranks.start_all_reduce(partial, label=label, owned=True).wait()
         return result if bias is None else result.add_(bias)
 
     @staticmethod
