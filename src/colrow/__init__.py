@@ -8,6 +8,7 @@ from colrow.errors import PlanError, RankFailure
 from colrow.layers import cross_entropy
 from colrow.matmul import Grid, MatmulResult, matmul
 from colrow.mesh import init_mesh
+from colrow.parallel import data_parallel, no_gradient_sync, token_weight
 from colrow.parameters import ParameterCount, clip_grad_norm_, count_parameters, global_grad_norm
 from colrow.plan import HandPlan, Plan, derive_plan
 from colrow.randomness import manual_seed
@@ -30,6 +31,7 @@ __all__ = [
     "comm_stats",
     "count_parameters",
     "cross_entropy",
+    "data_parallel",
     "derive_plan",
     "global_grad_norm",
     "init_mesh",
@@ -37,12 +39,14 @@ __all__ = [
     "load_pretrained",
     "manual_seed",
     "matmul",
+    "no_gradient_sync",
     "parallelize",
     "reset_comm_stats",
     "rule",
     "save_optimizer",
     "save_pretrained",
     "state_of",
+    "token_weight",
     "unshard",
     "verify",
     "verify_on_ranks",

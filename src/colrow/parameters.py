@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from math import prod
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from colrow.collectives import Communicator
+from colrow.collectives import Communicator, communicator
+from colrow.data_shards import data_groups, held, joined
 from colrow.state import PlacedParameter, placed_parameters, state_of
 
 
@@ -35,9 +37,10 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     for placed in placed_parameters(model):
         size = placed.parameter.element_size()
         whole = prod(placed.layout.shape)
-        local += placed.parameter.numel()
+        own = held(placed.parameter).numel()
+        local += own
         total += whole
-        local_bytes += placed.parameter.numel() * size
+        local_bytes += own * size
         total_bytes += whole * size
     return ParameterCount(local, total, local_bytes, total_bytes)
 
@@ -47,6 +50,7 @@ def global_grad_norm(model: nn.Module, norm_type: float = 2.0) -> Tensor:
 
     One all-reduce of a few numbers, which also checks that the ranks have gone through the same collectives.
     Sharded gradients are summed over the tensor-parallel ranks; replicated, shared and tied ones count once.
+    What FSDP has cut over data-parallel ranks is summed over those first: one more all-reduce.
 
     Args:
         model: a parallelized model after backward.
@@ -62,22 +66,27 @@ def global_grad_norm(model: nn.Module, norm_type: float = 2.0) -> Tensor:
 
 
 def _norm_of(parameters: Sequence[PlacedParameter], ranks: Communicator, norm_type: float) -> Tensor:
-    sharded: list[Tensor] = []
-    replicated: list[Tensor] = []
+    is_max = norm_type == float("inf")
+    # by the groups among which FSDP has cut them: of tensor-parallel shards, and of what all ranks hold
+    found: dict[tuple[dist.ProcessGroup, ...], tuple[list[Tensor], list[Tensor]]] = {(): ([], [])}
     for placed in parameters:
         gradient = placed.parameter.grad
         if gradient is None:
             continue
-        if not placed.layout.is_sharded:
-            replicated.append(gradient)
-        elif placed.layout.is_shared:
+        if placed.layout.is_shared:
             # what several ranks hold counts once
-            sharded += placed.layout.owned(gradient, ranks.rank)
-        else:
-            sharded.append(gradient)
-    device = (sharded + replicated)[0].device if sharded or replicated else torch.device("cpu")
-    own, common = (_power_sum(gradients, norm_type, device) for gradients in (sharded, replicated))
-    is_max = norm_type == float("inf")
+            found[()][0].extend(placed.layout.owned(joined(gradient), ranks.rank))
+            continue
+        sharded, replicated = found.setdefault(data_groups(gradient), ([], []))
+        (sharded if placed.layout.is_sharded else replicated).append(held(gradient))
+    device = next((one.device for both in found.values() for one in both[0] + both[1]), torch.device("cpu"))
+    sums = []
+    for groups, both in found.items():
+        one = torch.stack([_power_sum(gradients, norm_type, device) for gradients in both])
+        for group in groups:
+            one = _total(one, communicator(group), is_max)
+        sums.append(one)
+    own, common = torch.stack(sums).amax(0) if is_max else torch.stack(sums).sum(0)
     # what is not a number goes separately: the transports' maximum may lose it
     is_nan = own.isnan()
     sequence = torch.tensor(float(ranks.sequence), dtype=torch.float64, device=device)
@@ -92,6 +101,13 @@ def _norm_of(parameters: Sequence[PlacedParameter], ranks: Communicator, norm_ty
         )
     norm = torch.maximum(total[0], common) if is_max else (total[0] + common) ** (1 / norm_type)
     return torch.where(total[1] > 0, torch.nan, norm)
+
+
+def _total(values: Tensor, ranks: Communicator, is_max: bool) -> Tensor:
+    """Sums or maxima over ranks; one that is not a number anywhere is none everywhere."""
+    mine = torch.cat([values.nan_to_num(0.0, float("inf")), values.isnan().double()])
+    total, is_nan = ranks.all_reduce(mine, "max" if is_max else "sum", label="gradient norm").chunk(2)
+    return torch.where(is_nan > 0, torch.nan, total)
 
 
 def _power_sum(gradients: list[Tensor], norm_type: float, device: torch.device) -> Tensor:
@@ -134,7 +150,7 @@ def clip_grad_norm_(
         raise RuntimeError(f"the gradients' norm is {norm.item()}: they cannot be clipped")
     # the small number is torch's own, so that both clip alike
     scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
-    gradients = [placed.parameter.grad for placed in parameters if placed.parameter.grad is not None]
+    gradients = [held(placed.parameter.grad) for placed in parameters if placed.parameter.grad is not None]
     if gradients:
         torch._foreach_mul_(gradients, scale.to(gradients[0].device))
     return norm

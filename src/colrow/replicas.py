@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from colrow.collectives import Communicator
+from colrow.data_shards import held
 from colrow.errors import PlanError
 from colrow.state import placed_parameters, state_of
 
@@ -71,9 +72,9 @@ def check_replicas(model: nn.Module) -> None:
     named: list[tuple[str, Tensor]] = []
     for placed in placed_parameters(model):
         if not placed.layout.is_sharded:
-            named.append((placed.name, placed.parameter))
+            named.append((placed.name, held(placed.parameter)))
             if placed.parameter.grad is not None:
-                named.append((f"the gradient of {placed.name}", placed.parameter.grad))
+                named.append((f"the gradient of {placed.name}", held(placed.parameter.grad)))
     found = _first_difference([one for _, one in named], state_of(model).communicator, "check replicas")
     if found is not None:
         raise PlanError(

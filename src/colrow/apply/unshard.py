@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from colrow.apply.refusals import allow_own_save
 from colrow.collectives import Communicator
+from colrow.data_shards import data_groups
 from colrow.layout import TensorLayout
 from colrow.state import detach_state, parallel_module, state_of
 
@@ -22,12 +23,17 @@ def unshard(model: nn.Module) -> nn.Module:
         model: what :func:`colrow.parallelize` returned, or what wraps it.
 
     Raises:
-        ValueError: if the model has not been parallelized.
+        ValueError: if the model has not been parallelized, or FSDP has cut it once more.
         RankFailure: if another rank does not call this.
     """
     module, state = parallel_module(model), state_of(model)
     ranks = state.communicator
     named: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
+    if any(data_groups(parameter) for parameter in named.values()):
+        raise ValueError(
+            "FSDP has cut this model's parameters once more, which cannot be taken back: colrow.save_pretrained "
+            "writes their global form, which another model can load"
+        )
     named.update(module.named_buffers(remove_duplicate=False))
     whole: dict[int, Tensor] = {}
     for name, tensor in named.items():

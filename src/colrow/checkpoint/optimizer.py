@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from colrow.checkpoint.holders import Holders
 from colrow.checkpoint.reader import SafetensorsFolder
 from colrow.checkpoint.shards import Saved, write_global
+from colrow.data_shards import cut_like
 from colrow.layout import TensorLayout
 from colrow.state import PlacedParameter, placed_parameters, state_of
 
@@ -180,6 +181,8 @@ def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, folder: s
             has_parts = placed.layout.is_sharded and shape != ()
             layout = placed.layout if has_parts else TensorLayout(shape)
             value = files.read(name, layout, state.communicator.rank)
+            if shape != ():
+                value = cut_like(value, placed.parameter.data)
             group = options.get(id(placed.parameter), {})
             # torch keeps counts on the CPU, unless the whole step runs on the device
             stays = shape == () and not (group.get("capturable") or group.get("fused"))

@@ -17,6 +17,7 @@ from colrow.apply import parallelize
 from colrow.checkpoint.meta import materialise, parameters_on_meta
 from colrow.checkpoint.reader import SafetensorsFolder
 from colrow.checkpoint.shards import BYTES_PER_FILE, Saved, write_global
+from colrow.data_shards import cut_like, held
 from colrow.layout import TensorLayout
 from colrow.plan import HandPlan, Plan
 from colrow.state import PlacedParameter, parallel_module, placed_parameters, state_of
@@ -184,7 +185,7 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
         if tensor.is_meta:
             materialise(tensor, local.to(device), names[0])
         else:
-            tensor.data.copy_(local)
+            held(tensor.data).copy_(held(cut_like(local.to(device), tensor.data)))
 
 
 def _source(files: SafetensorsFolder, names: tuple[str, ...], layout: TensorLayout) -> str | None:

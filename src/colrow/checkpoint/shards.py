@@ -17,6 +17,7 @@ from colrow.checkpoint.holders import Holders
 from colrow.checkpoint.replacement import Replacement
 from colrow.checkpoint.writer import SafetensorsWriter, TensorSpec
 from colrow.collectives import Communicator
+from colrow.data_shards import joined
 from colrow.layout import TensorLayout
 from colrow.state import ParallelState
 
@@ -105,6 +106,9 @@ def write_global(
                 path = replacement.partial(replacement.names[number]) if replacement else None
                 strings = metadata if len(groups) == 1 else None
                 error = _write_file(path, specs, by_name, ranks, strings)
+            else:
+                for spec in specs:
+                    joined(by_name[spec.name].local)  # the first replica may need this one's part
             holders.agree(error, label)
         with holders.together(label):
             if replacement is not None:
@@ -156,7 +160,7 @@ def _write_file(
 
 def _gather(one: Saved, ranks: Communicator) -> list[Tensor]:
     """The shards of all ranks on the first one, on the CPU; as bytes, which any transport can move."""
-    local = one.local.detach()
+    local = joined(one.local.detach())
     if not one.layout.is_sharded:
         return [local.cpu()] if ranks.rank == 0 else []
     shapes = [one.layout.local_shape(rank) for rank in range(ranks.size)]

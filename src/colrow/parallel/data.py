@@ -1,0 +1,86 @@
+"""Data parallelism over replicas of a cut model, by PyTorch's own DDP and FSDP."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal, get_args
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from colrow.state import parallel_module
+
+Kind = Literal["ddp", "fsdp"]
+
+
+def data_parallel(model: nn.Module, mesh: DeviceMesh, kind: Kind = "ddp") -> nn.Module:
+    """Let the ``dp`` replicas of a parallelized model train as one, each on its own part of the data.
+
+    Gradients are averaged over the replicas; :func:`token_weight` makes that the mean over all tokens. The
+    other functions of colrow take the result as they take the model: norms, clipping, counts, checkpoints.
+
+    Args:
+        model: from :func:`colrow.parallelize`, with the same weights on all replicas.
+        mesh: with a dimension ``dp``.
+        kind: ``"ddp"``: every replica holds its parameters, gradients and optimizer state
+            (``DistributedDataParallel``, whose wrapper is returned). ``"fsdp"``: replicas share them too
+            (``fully_shard`` of each layer of a list of layers and of the rest, in place); parameters become
+            DTensors, so the optimizer is made afterwards.
+
+    Returns:
+        What the training loop calls.
+
+    Raises:
+        ValueError: if the model has not been parallelized, or the mesh has no dimension ``dp``.
+    """
+    if kind not in get_args(Kind):
+        raise ValueError(f"kind must be 'ddp' or 'fsdp', not {kind!r}")
+    if "dp" not in (mesh.mesh_dim_names or ()):
+        raise ValueError("the mesh has no dimension dp: make it with colrow.init_mesh(tp=..., dp=...)")
+    module = parallel_module(model)
+    replicas = mesh["dp"]
+    if kind == "ddp":
+        devices = [torch.cuda.current_device()] if mesh.device_type == "cuda" else None
+        return DistributedDataParallel(model, device_ids=devices, process_group=replicas.get_group())
+    for layer in _layers(module):
+        fully_shard(layer, mesh=replicas)
+    fully_shard(model, mesh=replicas)
+    return model
+
+
+def _layers(model: nn.Module) -> list[nn.Module]:
+    """The outermost modules of lists of modules: what is gathered and let go of at a time."""
+    found: list[nn.Module] = []
+    for child in model.children():
+        if isinstance(child, nn.ModuleList | nn.Sequential) and len(child) > 1:
+            found += [layer for layer in child if next(layer.parameters(), None) is not None]
+        else:
+            found += _layers(child)
+    return found
+
+
+@contextmanager
+def no_gradient_sync(model: nn.Module) -> Iterator[None]:
+    """A context for all micro-batches of a step but the last: gradients stay where they are.
+
+    They add up on each replica, and are averaged with those of the last micro-batch. A model without
+    replicas is left as it is, so that one loop serves all.
+
+    Args:
+        model: what :func:`data_parallel` returned.
+    """
+    if isinstance(model, DistributedDataParallel):
+        with model.no_sync():
+            yield
+    elif isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            model.set_requires_gradient_sync(True)
+    else:
+        yield
