@@ -66,25 +66,28 @@ class SharedEntry:
         """The entered ``value``; no autograd node unless a gradient will come back."""
         if not (self.is_always_needed or (value.requires_grad and torch.is_grad_enabled())):
             return value
-        latest = self._latest
-        if latest is not None and latest.value is value and latest.version == value._version:
-            # read by the next of its readers: the usual case, for which calls of functions are too dear
-            entered = latest.entered
-            if entered is not None:
-                latest.reads += 1
-                if latest.reads == self._members:
-                    self._latest, self._earlier = self._earlier, None
-                return entered
-        if torch.compiler.is_dynamo_compiling():
-            return self._traced(value, f"{self._enter.communicator.name} {self._enter.label}")
-        found = self._find(value)
+        # calls of functions are too dear here: neither the next reader nor, where all have read what was
+        # there before, the first makes any but those that enter
+        found = self._latest
+        if found is None or found.value is not value or found.version != value._version:
+            if torch.compiler.is_dynamo_compiling():
+                return self._traced(value, f"{self._enter.communicator.name} {self._enter.label}")
+            if found is not None or self._earlier is not None:
+                found = self._find(value)
         if found is None:
-            found = self._remember(_Value(value, value._version, self.enter(value), None))
-        elif found.entered is None:
-            found.entered = self.enter(value)
-        entered = found.entered
-        self._count(found)
-        assert entered is not None
+            entered = self.enter(value)
+            found = _Value(value, value._version, entered, None)
+            if self._latest is not None or torch._C._current_graph_task_id() != -1:
+                self._remember(found)
+            else:
+                self._latest = found
+        else:
+            known = found.entered
+            entered = self.enter(value) if known is None else known
+            found.entered = entered
+        found.reads += 1
+        if found.reads == self._members:
+            self._latest, self._earlier = self._earlier, None
         return entered
 
     def product(self, number: int, value: Tensor) -> Tensor | None:
