@@ -30,7 +30,7 @@ import socket
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -74,7 +74,9 @@ class VariantError(RuntimeError):
 class Running:
     """The processes of one variant."""
 
-    def __init__(self, variant: Variant, model_name: str) -> None:
+    def __init__(
+        self, variant: Variant, model_name: str, serve: Callable[..., None] = serve, *more: object
+    ) -> None:
         self.variant = variant
         context = multiprocessing.get_context("spawn")
         with socket.socket() as probe:
@@ -84,15 +86,16 @@ class Running:
         self._processes: list[BaseProcess] = []
         for rank in range(variant.processes):
             ours, theirs = context.Pipe()
-            arguments = (variant, rank, port, model_name, theirs)
+            arguments = (variant, rank, port, model_name, theirs, *more)
             process = context.Process(target=serve, args=arguments, daemon=True)
             process.start()
             theirs.close()
             self._connections.append(ours)
             self._processes.append(process)
-        self._answers()
+        self.answers()
 
-    def _answers(self) -> list[Any]:
+    def answers(self) -> list[Any]:
+        """What each process sends next."""
         answers = []
         for rank, connection in enumerate(self._connections):
             try:
@@ -107,9 +110,14 @@ class Running:
         return answers
 
     def run(self, steps: int) -> list[Measured]:
+        """Train some steps."""
+        return self.ask(steps)
+
+    def ask(self, number: int) -> list[Any]:
+        """What each process answers to a number."""
         for connection in self._connections:
-            connection.send(steps)
-        return self._answers()
+            connection.send(number)
+        return self.answers()
 
     def close(self) -> None:
         for process in self._processes:

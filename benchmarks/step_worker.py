@@ -7,8 +7,8 @@ import re
 import resource
 import time
 import traceback
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -20,6 +20,7 @@ import colrow
 from colrow.apply import parallelize
 from colrow.collectives import Communicator, Pending
 from colrow.model import calls_for
+from colrow.plan import derive_plan
 from colrow.transport import SharedGroup
 
 
@@ -47,7 +48,11 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to run the step. ``ranks`` of 0 means one process without colrow, or ``copies`` at once."""
+    """A way to run the step. ``ranks`` of 0 means one process without colrow, or ``copies`` at once.
+
+    ``sequence`` is an argument of :func:`colrow.parallelize`. With ``keeps_gathered`` no layer gathers
+    anything again in the backward pass.
+    """
 
     name: str
     ranks: int
@@ -55,6 +60,8 @@ class Variant:
     communicates: bool = True
     compiled: bool = False
     copies: int = 1
+    sequence: bool = False
+    keeps_gathered: bool = False
 
     @property
     def processes(self) -> int:
@@ -183,7 +190,11 @@ class Trainer:
         self.clock = CollectiveClock()
         if variant.ranks:
             mesh = colrow.init_mesh(tp=variant.ranks, device="cpu")
-            parallelize(self.model, mesh, calls_for(self.model))
+            plan = derive_plan(self.model, calls_for(self.model), variant.ranks, sequence=variant.sequence)
+            if variant.keeps_gathered:
+                gathers = tuple(replace(one, again=()) for one in plan.sequence_gathers)
+                plan = replace(plan, sequence_gathers=gathers)
+            parallelize(self.model, mesh, plan)
             if not variant.communicates:
                 silence_collectives()
         self.model.train()
@@ -225,6 +236,18 @@ class Trainer:
 
 def serve(variant: Variant, rank: int, port: int, model_name: str, connection: Connection) -> None:
     """A process of a variant: answers each number of steps with what it measured."""
+    answer(variant, rank, port, connection, lambda: Trainer(variant, model_name), Trainer.run)
+
+
+def answer(
+    variant: Variant,
+    rank: int,
+    port: int,
+    connection: Connection,
+    start: Callable[[], Trainer],
+    work: Callable[[Trainer, int], object],
+) -> None:
+    """Be one process of a variant: answer each number with the result of ``work``, until nobody asks."""
     try:
         torch.set_num_threads(variant.threads)
         if variant.ranks:
@@ -236,13 +259,12 @@ def serve(variant: Variant, rank: int, port: int, model_name: str, connection: C
                 MASTER_ADDR="127.0.0.1",
                 MASTER_PORT=str(port),
             )
-        trainer = Trainer(variant, model_name)
+        trainer = start()
         connection.send(None)
-        while (steps := connection.recv()) > 0:
-            connection.send(trainer.run(steps))
+        while True:
+            connection.send(work(trainer, connection.recv()))
     except EOFError:
         os._exit(1)
     except BaseException:
         connection.send(traceback.format_exc())
         os._exit(1)
-    os._exit(0)

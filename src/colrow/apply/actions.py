@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from colrow.apply.calls import CallTable, local_number
 from colrow.apply.fast_path import keep_off_fast_path
+from colrow.apply.kept_parts import KeptParts
 from colrow.apply.loss import ParallelLoss
 from colrow.apply.parameters import change_readers, shard
 from colrow.apply.parts import Part, TakePart, TakeWhole
@@ -27,6 +28,7 @@ from colrow.layers import (
     multiply_faster,
     row_parallel,
 )
+from colrow.layers.entry import LayerEntry
 from colrow.layers.linear import ColumnParallel, RowParallel
 from colrow.layout import Cut
 from colrow.modules import embedding_fault, features_dimension, is_linear
@@ -86,7 +88,7 @@ class Applier:
         self._modules, self._calls = ModuleTable(model), CallTable(model)
         self._region = RegionRandomness(ranks)
         self._lengths: dict[str, SequenceLength] = {}
-        self._of_layers: list[SharedEntry] = []
+        self._of_layers: list[SharedEntry | KeptParts] = []
 
     def apply(self, gather_logits: bool) -> Undo:
         """Do it; what is returned takes it back, but for the parameters' data."""
@@ -165,7 +167,18 @@ class Applier:
         label = f"gather {', '.join(dict.fromkeys(gather.modules))}"
         dst: Literal["I", "R"] = "R" if gather.gradient == "partial" else "I"
         length, members = self._length(gather.along), self._members(gather.places)
-        self._share(gather, GatherSequence(length, label, gather.along.dimension, dst, members))
+        shared = GatherSequence(length, label, gather.along.dimension, dst, members)
+        if gather.again:
+            given_parts = all(
+                isinstance(one, ModuleInput) and one.module in gather.again for one in gather.places
+            )
+            shared.readers = KeptParts(shared, shared.enter, given_parts)
+            self._of_layers.append(shared.readers)
+            for path in gather.again:
+                self._column_parallel(path, shared.readers)
+            if given_parts:
+                return
+        self._share(gather, shared)
 
     def _sequence_slice(self, piece: SequenceSlice) -> Change:
         label = f"part of {piece.place.module or 'the model'}"
@@ -195,7 +208,7 @@ class Applier:
         if calling:
             self._forget_after(action.modules, calling, entry)
 
-    def _column_parallel(self, path: str, entry: SharedEntry | None) -> None:
+    def _column_parallel(self, path: str, entry: LayerEntry | None) -> None:
         module = self._model.get_submodule(path)
         column_parallel(module, self._ranks, entry=entry, label=path, **self._placed(path))
 

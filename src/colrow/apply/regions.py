@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from colrow.apply.kept_parts import KeptParts
 from colrow.layers import SharedEntry
 from colrow.plan import Entry, Plan
 from colrow.randomness import RegionRandomness
@@ -86,7 +87,7 @@ class Scope:
 class Forgetting:
     """A forward hook that lets go of what entries have remembered; copied with the model."""
 
-    def __init__(self, *entries: SharedEntry) -> None:
+    def __init__(self, *entries: SharedEntry | KeptParts) -> None:
         self._entries = entries
 
     def __call__(self, *_: object) -> None:

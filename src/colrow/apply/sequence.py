@@ -7,14 +7,17 @@ the model may have been the last; where the length is then not certain, the rank
 
 from __future__ import annotations
 
+import copy
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from colrow.apply.kept_parts import KeptParts
 from colrow.collectives import AllGather, AllReduce, Communicator, ReduceScatter, Slice
 from colrow.collectives.statistics import current_phase
 from colrow.layers import SharedEntry
+from colrow.layers.inputs import GatheredInput
 from colrow.layout import Cut
 
 
@@ -139,12 +142,15 @@ class GatherSequence(SharedEntry):
     ) -> None:
         super().__init__(length.ranks, label, members)
         self._length, self._label, self._dimension, self._dst = length, label, dimension, dst
+        self.readers: KeptParts | None = None
+        """The linear layers that read the whole and keep the part."""
 
     def __deepcopy__(self, memo: dict[int, object]) -> GatherSequence:
         length = memo.get(id(self._length)) or self._length.__deepcopy__(memo)
         assert isinstance(length, SequenceLength)
         copied = GatherSequence(length, self._label, self._dimension, self._dst, self._members)
         memo[id(self)] = copied
+        copied.readers = copy.deepcopy(self.readers, memo)
         return copied
 
     def product(self, number: int, value: Tensor) -> Tensor | None:
@@ -158,4 +164,8 @@ class GatherSequence(SharedEntry):
     def enter(self, value: Tensor) -> Tensor:
         """The whole."""
         parts = self._length.parts_around(value, self._dimension)
-        return AllGather(self._length.ranks, self._label, self._dimension, parts, self._dst)(value)
+        whole = AllGather(self._length.ranks, self._label, self._dimension, parts, self._dst)(value)
+        if self.readers is not None and not torch.compiler.is_compiling():
+            again = GatheredInput(self._length.ranks, self._label, self._dimension, parts)
+            self.readers.note(value, whole, again)
+        return whole

@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd import Variable
 
 from colrow.collectives import Communicator, Enter
+from colrow.layers.inputs import WholeInput
 from colrow.layers.siblings import Linear, Siblings, siblings_of
 from colrow.tracer import comptime, recall, remember
+
+
+class LayerEntry(Protocol):
+    """What linear layers that read one value have in common."""
+
+    def join(self, layer: Linear) -> int:
+        """Let a layer take part; the number that it is known by."""
+
+    def product(self, number: int, value: Tensor) -> Tensor | None:
+        """The layer's product of what it is given, entered; ``None`` if it must compute that itself."""
+
+    def __call__(self, value: Tensor) -> Tensor:
+        """What a layer that computes by itself goes on with."""
 
 
 @dataclass(slots=True)
@@ -43,6 +58,7 @@ class SharedEntry:
 
     def __init__(self, communicator: Communicator, label: str, members: int = 0) -> None:
         self._enter = Enter(communicator, label)
+        self._input = WholeInput(communicator, label)
         self._members = members
         self._layers: list[Linear] = []
         self.forget()
@@ -108,7 +124,7 @@ class SharedEntry:
             if result is not None:
                 self._count(found)
                 return result
-        siblings = siblings_of(value, self._layers, self._enter.communicator, self._enter.label)
+        siblings = siblings_of(value, value, self._layers, self._input)
         if siblings is None:
             return None
         found = self._remember(_Value(value, value._version, None, siblings))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from colrow.collectives import AllGather, AllReduce, Communicator, Group, Slice, communicator
 from colrow.errors import PlanError
-from colrow.layers.entry import SharedEntry
+from colrow.layers.entry import LayerEntry
 from colrow.layers.linear_functions import (
     ColumnWeights,
     RowLinear,
@@ -97,7 +97,7 @@ class _ParallelLinear(nn.Module):
 class ColumnParallel(_ParallelLinear):
     """What makes a linear layer column-parallel, whichever way its weight lies."""
 
-    entry: SharedEntry | None
+    entry: LayerEntry | None
     reads: Literal["I", "R"]
     gather_output: bool
     instead: Callable[[ColumnParallel, Tensor], Tensor | None] | None = None
@@ -110,7 +110,7 @@ class ColumnParallel(_ParallelLinear):
         label: str,
         layout: DimensionLayout | None,
         cut: Cut | None,
-        entry: SharedEntry | None,
+        entry: LayerEntry | None,
         reads: Literal["I", "R"],
         gather_output: bool,
     ) -> None:
@@ -311,7 +311,7 @@ def column_parallel(
     *,
     layout: DimensionLayout | None = None,
     cut: Cut | None = None,
-    entry: SharedEntry | None = None,
+    entry: LayerEntry | None = None,
     reads: Literal["I", "R"] = "I",
     gather_output: bool = False,
     label: str = "column-parallel linear",

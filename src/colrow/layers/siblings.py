@@ -6,6 +6,10 @@ own product when it is called, with the bits that it would have alone. (One prod
 side was measured too: forward and backward it is as fast as several to within a few percent, on one core
 with 64 and 1024 tokens and 512 and 2048 features, and costs copies of what it gives.)
 
+Of a value that was gathered from the parts of a sequence the rank keeps its own, and gathers again while the
+value's gradient is computed (Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer
+Models", section 4.2.2).
+
 The node is made when the first of the layers is called, and with it the results of all: memory that nothing
 has been written to. Each layer puts its product there. A layer that is not called has cost nothing, and no
 gradient comes from it.
@@ -19,7 +23,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from colrow.collectives import AllReduce, Communicator
+from colrow.layers.inputs import Input
 from colrow.layers.linear_functions import (
     add_gradient_of_input,
     as_rows,
@@ -46,10 +50,11 @@ class Siblings:
     """What several layers make of one value.
 
     Args:
-        x: the value, I, whose gradient is wanted: [..., in].
+        x: the value: [..., in].
+        kept: what it came from and autograd keeps, whose gradient is wanted; ``x`` itself if it is I.
         layers: all that may read it.
         weights, biases: theirs.
-        ranks, label: for the reduction of the value's gradient.
+        given: how the value comes from what is kept.
     """
 
     __slots__ = ("_hooks", "_layers", "_read", "_results", "_x")
@@ -57,17 +62,17 @@ class Siblings:
     def __init__(
         self,
         x: Tensor,
+        kept: Tensor,
         layers: Sequence[Linear],
         weights: Sequence[Tensor],
         biases: Sequence[Tensor | None],
-        ranks: Communicator,
-        label: str,
+        given: Input,
     ) -> None:
         self._x, self._layers = x, layers
         # who is told of what autograd keeps, as an activation checkpoint is
         self._hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-        self._read = _Read(ranks, label, weights, [layer._out_first for layer in layers])
-        self._results: list[Tensor | None] = list(_Products.apply(x, self._read, *weights, *biases))
+        self._read = _Read(given, x.shape, weights, [layer._out_first for layer in layers])
+        self._results: list[Tensor | None] = list(_Products.apply(kept, self._read, *weights, *biases))
 
     def product(self, number: int) -> Tensor | None:
         """The product of one of the layers, once; ``None`` if it must be computed apart.
@@ -91,8 +96,8 @@ class Siblings:
         return result
 
 
-def siblings_of(x: Tensor, layers: Sequence[Linear], ranks: Communicator, label: str) -> Siblings | None:
-    """The products of ``x`` with the weights of ``layers``, if they are plain ones.
+def siblings_of(x: Tensor, kept: Tensor, layers: Sequence[Linear], given: Input) -> Siblings | None:
+    """The products of ``x`` with the weights of ``layers``, if they are plain ones; see :class:`Siblings`.
 
     Not if a weight is anything but a parameter of ``x``'s dtype on its device, as one that a hook or a
     parametrization computes when the layer is called, and not under autocast.
@@ -116,7 +121,7 @@ def siblings_of(x: Tensor, layers: Sequence[Linear], ranks: Communicator, label:
             return None
         weights.append(weight)
         biases.append(bias)
-    return Siblings(x, layers, weights, biases, ranks, label)
+    return Siblings(x, kept, layers, weights, biases, given)
 
 
 _PLAIN = (nn.Parameter, Tensor)
@@ -128,16 +133,16 @@ class _Read:
     They are not kept by autograd, which would look after those of layers that have not been called too.
     """
 
-    __slots__ = ("label", "out_first", "products", "ranks", "versions", "weights")
+    __slots__ = ("given", "out_first", "products", "shape", "versions", "weights")
 
     def __init__(
         self,
-        ranks: Communicator,
-        label: str,
+        given: Input,
+        shape: torch.Size,
         weights: Sequence[Tensor],
         out_first: Sequence[bool],
     ) -> None:
-        self.ranks, self.label, self.weights, self.out_first = ranks, label, weights, out_first
+        self.given, self.shape, self.weights, self.out_first = given, shape, weights, out_first
         self.versions, self.products = [-1] * len(weights), [BY_TORCH] * len(weights)
 
     def check(self, number: int) -> None:
@@ -150,48 +155,54 @@ class _Read:
         if weight._version != self.versions[number]:
             raise RuntimeError(
                 f"a weight of {list(weight.shape)} has been modified by an inplace operation since the layer "
-                f"that reads it was called ({self.label}): it is at version {weight._version}; expected "
-                f"version {self.versions[number]}. Call backward before the weight is changed."
+                f"that reads it was called ({self.given.label}): it is at version {weight._version}; "
+                f"expected version {self.versions[number]}. Call backward before the weight is changed."
             )
 
 
 class _Products(torch.autograd.Function):
-    """I x V, V, ... -> V, V, ...: memory for the products."""
+    """I x V, V, ... -> V, V, ... (or V x V, V, ...): memory for the products."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, read: _Read, *operands: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, kept: Tensor, read: _Read, *operands: Tensor | None) -> tuple[Tensor, ...]:
         needs = ctx.needs_input_grad[2 : 2 + len(read.weights)]
         # as torch's own: what frozen weights are multiplied with is not kept
-        ctx.save_for_backward(x if any(needs) else None)
+        ctx.save_for_backward(kept if any(needs) else None)
         ctx.set_materialize_grads(False)
-        ctx.read, ctx.shape = read, x.shape
-        rest = x.shape[:-1]
+        ctx.read = read
+        rest = read.shape[:-1]
         return tuple(
-            x.new_empty((*rest, weight.shape[0 if out_first else 1]))
+            kept.new_empty((*rest, weight.shape[0 if out_first else 1]))
             for weight, out_first in zip(read.weights, read.out_first, strict=True)
         )
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        (x,) = ctx.saved_tensors
+        (kept,) = ctx.saved_tensors
         read: _Read = ctx.read
-        needs_x, _, *needs = ctx.needs_input_grad
+        needs_kept, _, *needs = ctx.needs_input_grad
         used: list[tuple[int, Tensor]] = []
         for number, gradient in enumerate(gradients):
             if gradient is not None:
                 read.check(number)
                 used.append((number, as_rows(gradient)))
-        x_gradient = pending = None
-        if needs_x and used:
-            x_gradient = _gradient_of_value(read, used).view(ctx.shape)
+        if not used:
+            return (None,) * len(ctx.needs_input_grad)
+        given, wanted = read.given, kept is not None and any(needs[number] for number, _ in used)
+        gathering = given.start_whole(kept) if wanted else None
+        kept_gradient = pending = None
+        if needs_kept:
+            x_gradient = _gradient_of_value(read, used).view(read.shape)
             if x_gradient.requires_grad:  # a second derivative will be taken
-                x_gradient = AllReduce(read.ranks, read.label)(x_gradient)
+                kept_gradient = given.sum(x_gradient)
             else:
-                pending = read.ranks.start_all_reduce(x_gradient, label=read.label, owned=True)
+                pending = given.start_sum(x_gradient)
+            del x_gradient
         found: list[Tensor | None] = [None] * len(needs)
-        if x is not None:
-            # here it meets each rank's own gradient: its second derivative is partial
-            x = as_rows(entered(x, read.ranks, read.label))
+        if wanted:
+            # it meets each rank's own gradient: its second derivative is partial
+            x = entered(kept, given.ranks, given.label) if gathering is None else gathering.wait()
+            x = as_rows(x)
         for number, rows in used:
             if needs[number]:
                 found[number] = gradient_of_weight(
@@ -200,8 +211,8 @@ class _Products(torch.autograd.Function):
             if needs[len(gradients) + number]:
                 found[len(gradients) + number] = rows.sum(0)
         if pending is not None:
-            x_gradient = pending.wait()
-        return x_gradient, None, *found
+            kept_gradient = pending.wait()
+        return kept_gradient, None, *found
 
 
 def _gradient_of_value(read: _Read, used: Sequence[tuple[int, Tensor]]) -> Tensor:

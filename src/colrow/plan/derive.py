@@ -141,7 +141,9 @@ class _Derivation:
             PlanError: if it is asked for and nothing can be cut.
         """
         reason = "nothing that leaves a region goes on to what treats every token by itself"
-        sequences = find_sequences(self._model, placed.states, placed.reductions, placed.summations)
+        sequences = find_sequences(
+            self._model, placed.states, placed.borders, placed.reductions, placed.summations
+        )
         try:
             actions = lower(
                 self._model,

@@ -131,6 +131,7 @@ def _listed(plan: Plan) -> Iterable[Sequence[str]]:
     yield [f"{one.place} along {_sharding(one.sharding)}" for one in plan.gathers]
     yield [
         f"{', '.join(map(str, one.places))}{_along(one.along)}, gradient {one.gradient}"
+        + (f", again for {', '.join(one.again)}" if one.again else "")
         for one in plan.sequence_gathers
     ]
     yield [f"{one.place}{_along(one.along)}" for one in plan.sequence_slices]

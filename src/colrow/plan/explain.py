@@ -273,6 +273,7 @@ def _actions(plan: Plan) -> list[str]:
                 if one.gradient == "whole"
             ],
         ),
+        ("part kept for backward", [path for one in plan.sequence_gathers for path in one.again]),
         ("part of a sequence", [f"{one.place}, {_along(one.along)}" for one in plan.sequence_slices]),
         ("slice: own part", [f"{one.place}, cut {one.sharding.axis}" for one in plan.slices]),
         ("gather: all parts", [f"{one.place}, cut {one.sharding.axis}" for one in plan.gathers]),

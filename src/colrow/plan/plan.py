@@ -139,11 +139,13 @@ class SequenceGather:
         gradient: ``partial``: they enter a region, V → R: an all-gather forward, a reduce-scatter backward.
             ``whole``: for what needs the whole between regions, V → I: an all-gather forward; backward each
             rank takes its part.
+        again: paths of the linear layers that read the whole and keep the part: an all-gather backward.
     """
 
     places: tuple[Place, ...]
     along: Along
     gradient: Literal["partial", "whole"] = "partial"
+    again: tuple[str, ...] = ()
 
     @property
     def modules(self) -> tuple[str, ...]:

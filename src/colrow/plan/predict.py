@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from math import prod
 
 import torch
@@ -137,10 +137,21 @@ class _Predictor:
                 has_gradient = self._flow.reaches(value) and any(map(self._flow.through, crossing.operations))
                 if has_gradient and crossing.way == "partial":
                     self._add(value, "backward", "reduce-scatter", f"gather {sequence.name}", at, varies)
+                    if not again and self._trains(sequence.again.get(value.index, ())):
+                        self._add(value, "backward", "all-gather", f"again {sequence.name}", at, varies)
             for root, _, value, _ in sequence.returned:
                 self._add(value, "forward", "all-gather", f"gather {sequence.name}", root.first)
             for value, operations in (*sequence.partial, *sequence.entered):
                 self._summations.append(Summation(value, operations, False))
+
+    def _trains(self, layers: Iterable[str]) -> bool:
+        """Whether the weight of one of the layers gets a gradient."""
+        weights = {f"{path}.weight" for path in layers}
+        return any(
+            value.source.name in weights and self._flow.reaches(value)
+            for value in self._selection.trace.values
+            if value.source.kind == "parameter"
+        )
 
     def _loss(self, logits: Value, module: ModuleCall) -> None:
         """What happens between logits and their losses, of which there may be several.

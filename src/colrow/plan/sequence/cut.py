@@ -55,6 +55,7 @@ class SequenceCut:
         cut: indices of the values of which each rank has a part.
         scattered: dimension of each partial sum that becomes parts, by the value's index.
         crossings: where values are sliced and gathered.
+        again: paths of the linear layers that read a gathered value and keep the part, by the value's index.
         absorbed: values that enter regions and need no sum of gradients, as the gather before them does it.
         returned: outputs of the model that are gathered.
         partial: parameters that meet parts, with the operations that read them: their gradients are summed.
@@ -66,6 +67,7 @@ class SequenceCut:
     cut: set[int] = field(default_factory=set)
     scattered: dict[int, int] = field(default_factory=dict)
     crossings: list[Crossing] = field(default_factory=list)
+    again: dict[int, tuple[str, ...]] = field(default_factory=dict)
     absorbed: set[int] = field(default_factory=set)
     returned: list[tuple[ModuleCall, Where, Value, int]] = field(default_factory=list)
     partial: list[tuple[Value, tuple[Operation, ...]]] = field(default_factory=list)

@@ -10,9 +10,11 @@ from colrow.axes.context import ByOperation
 from colrow.axes.factor import Factor
 from colrow.layout import Cut
 from colrow.modules import embedding_fault, is_linear
+from colrow.plan.borders import Borders
 from colrow.plan.exits import Reductions
 from colrow.plan.gradients import Summation
 from colrow.plan.selection import Selection
+from colrow.plan.sequence.again import keeping_parts
 from colrow.plan.sequence.cut import (
     ChosenSequence,
     SequenceCandidate,
@@ -27,13 +29,21 @@ from colrow.trace.records import ModuleCall, Value
 
 
 def find_sequences(
-    model: nn.Module, states: States, reductions: Reductions, summations: list[Summation]
+    model: nn.Module,
+    states: States,
+    borders: Borders,
+    reductions: Reductions,
+    summations: list[Summation],
 ) -> list[SequenceCut]:
     """The sequences along which what leaves the regions of a selection can be cut.
 
     Most models have one; one that encodes and decodes has two.
     """
-    return _Search(model, states, reductions, summations).run()
+    found = _Search(model, states, reductions, summations).run()
+    logits = None if borders.loss is None else borders.loss.logits
+    for one in found:
+        one.again = keeping_parts(model, states.selection, one.crossings, logits)
+    return found
 
 
 class _Search:

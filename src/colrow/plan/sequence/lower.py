@@ -47,7 +47,7 @@ def lower_sequences(sequences: Sequence[SequenceCut], sites: Sites, actions: Act
     for sequence in sequences:
         for gradient in ("partial", "whole"):
             crossings = [one for one in sequence.crossings if one.way == gradient]
-            actions.sequence_gathers += _gathers(sequence.name, crossings, gradient, sites)
+            actions.sequence_gathers += _gathers(sequence, crossings, gradient, sites)
         actions.sequence_slices += _slices(sequence, sites)
         actions.sequence_gathers += _returned(sequence, sites)
         for parameter, operations in sequence.partial:
@@ -58,19 +58,22 @@ def lower_sequences(sequences: Sequence[SequenceCut], sites: Sites, actions: Act
 
 
 def _gathers(
-    name: str, crossings: list[Crossing], gradient: Literal["partial", "whole"], sites: Sites
+    sequence: SequenceCut, crossings: list[Crossing], gradient: Literal["partial", "whole"], sites: Sites
 ) -> Iterable[SequenceGather]:
     """Places that share a value share its gather."""
     found: dict[tuple[object, ...], list[Where]] = defaultdict(list)
     dimensions: dict[tuple[object, ...], int] = {}
+    again: dict[tuple[object, ...], tuple[str, ...]] = {}
     for crossing in crossings:
         for where in crossing.places:
             found[where.key].append(where)
             dimensions[where.key] = crossing.dimension
+            again[where.key] = sequence.again.get(crossing.value.index, ())
     for keys in merged([{where.key for where in crossing.places} for crossing in crossings]):
         ordered = [key for key in found if key in keys]
         places = tuple(place for key in ordered for place in sites.places(found[key]))
-        yield SequenceGather(places, Along(name, dimensions[ordered[0]]), gradient)
+        layers = tuple(dict.fromkeys(path for key in ordered for path in again[key]))
+        yield SequenceGather(places, Along(sequence.name, dimensions[ordered[0]]), gradient, layers)
 
 
 def _slices(sequence: SequenceCut, sites: Sites) -> Iterable[SequenceSlice]:

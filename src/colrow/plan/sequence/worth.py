@@ -18,13 +18,16 @@ def pays(plan: Plan, without: Plan) -> bool:
 
 
 def _moved(plan: Plan) -> int:
-    """Bytes that go over the wire in a step: an all-reduce is a reduce-scatter and an all-gather."""
+    """Bytes that go over the wire in a step: an all-reduce is a reduce-scatter and an all-gather.
+
+    What is gathered again is not counted: that is done while a rank computes.
+    """
     collectives = plan.prediction.collectives if plan.prediction is not None else ()
     mode = next((one.mode for one in collectives), "")
     return sum(
         one.bytes * one.count * (2 if one.kind == "all-reduce" else 1)
         for one in collectives
-        if one.mode == mode
+        if one.mode == mode and not one.label.startswith("again ")
     )
 
 
