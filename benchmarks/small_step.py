@@ -52,7 +52,7 @@ DISTURBED = 0.1
 """A turn in which other programs take a larger share of the cores is made again."""
 TURN = 10
 """Steps of one model before the next has its turn."""
-ANSWER_SECONDS = 300.0
+ANSWER_SECONDS = 3600.0
 
 
 @dataclass
@@ -221,7 +221,7 @@ def serve(rank: int, port: int, options: argparse.Namespace, folder: str, connec
     parts = measure_parts(only_ours, options.turns) if options.parts else {}
     connection.send((results, parts, quiet))
     dist.barrier()
-    os._exit(0)
+    dist.destroy_process_group()
 
 
 Found: TypeAlias = list[tuple[dict[str, dict[str, float]], dict[str, Any], int]]
