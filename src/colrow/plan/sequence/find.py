@@ -22,6 +22,7 @@ from colrow.plan.sequence.cut import (
     dimension_of,
     parts_of,
 )
+from colrow.plan.sequence.facts import Facts
 from colrow.plan.sequence.spread import Spread
 from colrow.plan.sites import Where
 from colrow.plan.states import States
@@ -70,17 +71,15 @@ class _Search:
             left = [value for value in self._leaving if value.index not in done]
             if all(dimension_of(selection, value) is None for value in left):
                 continue
-            spread = Spread(
-                name,
+            facts = Facts(
                 self._states,
                 self._reductions,
                 self._summations,
                 selection,
                 self._biases(),
-                done,
                 self._tables(),
             )
-            one = spread.run()
+            one = Spread(name, facts, done).run()
             if one is not None:
                 found.append(one)
                 done |= one.cut
