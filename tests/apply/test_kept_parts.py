@@ -201,3 +201,13 @@ def test_layers_that_are_not_all_that_reads_a_value_keep_the_whole() -> None:
         assert ("blocks.0.up" in again) == expected
         assert "attention.1.key" in again
         assert "part kept for backward" in plan.explain()
+
+
+def _compiled(size: int) -> None:
+    original, cut = pair(Layers, size)
+    cut.compile(backend="aot_eager")
+    same(original, cut, [8, 7])
+
+
+def test_compiled(ranks: Ranks) -> None:
+    ranks(2).run(_compiled, 2, timeout=120)

@@ -63,11 +63,13 @@ class SequenceLength:
             ValueError: if the part is not one of the latest length.
         """
         local, rank = part.shape[dimension], self.ranks.rank
-        if current_phase() == "backward" and self._is_uncertain(local):
+        # what is compiled is a forward pass, also where its activations are recomputed
+        is_backward = not torch.compiler.is_compiling() and current_phase() == "backward"
+        if is_backward and self._is_uncertain(local):
             lengths = torch.tensor([local], device=part.device)
             return tuple(self.ranks.all_gather(lengths, 0, label=f"length of {self.name}").tolist())
         parts = self._parts(self._latest)
-        if current_phase() == "backward" and parts[rank] != local:
+        if is_backward and parts[rank] != local:
             parts = self._parts(next(one for one in self._seen if self._parts(one)[rank] == local))
         if parts[rank] != local:
             raise ValueError(
