@@ -3,8 +3,27 @@
 from __future__ import annotations
 
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def own_class(module: nn.Module) -> type[nn.Module]:
+    """The class that a module was made of: FSDP gives it a class of its own, derived from that."""
+    kinds = (one for one in type(module).__mro__ if issubclass(one, nn.Module))
+    return next(one for one in kinds if not issubclass(one, FSDPModule))
+
+
+def let_go_of_gathered(module: nn.Module) -> None:
+    """Let a module's parameters be the parts that FSDP trains, where a forward has left them gathered.
+
+    The gathered ones are not those that have gradients, and their memory may go at any moment. All
+    data-parallel ranks call this, or else some would gather in the next forward and some not.
+    """
+    if isinstance(module, FSDPModule):
+        for one in module.modules():
+            if isinstance(one, FSDPModule):
+                one.reshard()
 
 
 def held(tensor: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ def file(tmp_path: Path) -> str:
 
 @pytest.mark.parametrize("tp", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_tiny_example(tmp_path: Path, tp: int) -> None:
-    done = _colrow(str(EXAMPLES / "tiny.yaml"), "--tp", str(tp), cwd=tmp_path)
+    done = _colrow(str(EXAMPLES / "tiny.yaml"), "--mesh.tp", str(tp), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "runs" / "tiny"
     for part in (
@@ -80,7 +80,7 @@ def test_the_bible_example_is_valid(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--tp", "0"], "tp=0 must be at least 1"),
+        (["--mesh.tp", "0"], "mesh.tp=0 must be at least 1"),
         (["--data.text", "/nowhere"], "there is no text file or folder /nowhere"),
         (["--model.config", "LamaConfig"], "did you mean LlamaConfig"),
     ],
@@ -116,7 +116,7 @@ def test_help_does_not_wait_for_torch() -> None:
 
 def test_under_torchrun(file: str, tmp_path: Path) -> None:
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    done = _colrow(file, "--tp", "2", launcher=launcher)
+    done = _colrow(file, "--mesh.tp", "2", launcher=launcher)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("over tp=2 ranks") == 1
     assert "step 4/4" in done.stdout

@@ -113,6 +113,7 @@ def _equal(kind: Kind, folder: Path) -> None:
     for one, other in zip(found, expected, strict=True):
         assert math.isclose(one, other, rel_tol=1e-9)
     colrow.check_replicas(model)
+    model(input_ids=_batch(0)[0][0, 0])  # leaves what FSDP has gathered for it
     colrow.save_pretrained(model, folder)
     colrow.save_optimizer(model, optimizer, folder / "optimizer")
 
@@ -170,6 +171,19 @@ def _no_tokens() -> str:
 def test_a_step_without_tokens(ranks: Callable[[int], Pool]) -> None:
     for message in ranks(2).run(_no_tokens):
         assert "all labels are ignored" in message
+
+
+def _different_replicas(kind: Kind) -> None:
+    mesh = worker_mesh(tp=1, dp=2)
+    colrow.manual_seed(0, mesh)  # another seed on each replica
+    model = colrow.parallelize(nn.Linear(3, 2), mesh, (torch.rand(4, 3),))
+    with pytest.raises(colrow.PlanError, match=r"weight: the ranks hold different weights"):
+        colrow.data_parallel(model, mesh, kind)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_replicas_of_different_weights(ranks: Callable[[int], Pool], kind: Kind) -> None:
+    ranks(2).run(_different_replicas, kind)
 
 
 def _wrong_calls() -> None:

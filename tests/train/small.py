@@ -54,5 +54,5 @@ def small(folder: Path, **changes: Any) -> TrainConfiguration:
         "sample": {"prompt": "bo", "tokens": 8},
     }
     for name, change in changes.items():
-        values[name] = {**values[name], **change} if isinstance(change, dict) else change
+        values[name] = {**values.get(name, {}), **change} if isinstance(change, dict) else change
     return from_dictionary(values)

@@ -48,7 +48,7 @@ def _train(configuration: dict[str, Any], stop_after: int | None) -> dict[str, A
 
 def _run(ranks: Ranks, configuration: TrainConfiguration, stop_after: int | None = None) -> RunFolder:
     prepare(configuration)
-    results = ranks(configuration.tp).run(_train, asdict(configuration), stop_after)
+    results = ranks(configuration.mesh.ranks).run(_train, asdict(configuration), stop_after)
     assert all(result == results[0] for result in results)
     return RunFolder(configuration.run_folder)
 
@@ -83,7 +83,7 @@ def test_losses_agree_at_every_tp(ranks: Ranks, tmp_path: Path) -> None:
             small(
                 tmp_path,
                 run_dir=str(tmp_path / f"tp{tp}"),
-                tp=tp,
+                mesh={"tp": tp},
                 steps=50,
                 precision="fp32",
                 evaluate_every=25,
@@ -105,7 +105,7 @@ def test_losses_agree_at_every_tp(ranks: Ranks, tmp_path: Path) -> None:
 
 def test_is_plain_pytorch(ranks: Ranks, tmp_path: Path) -> None:
     """The same run, written down with nothing of colrow but the order of the data."""
-    configuration = small(tmp_path, tp=2, micro_batch_size=3, optimizer={"max_norm": 0.7})
+    configuration = small(tmp_path, mesh={"tp": 2}, micro_batch_size=3, optimizer={"max_norm": 0.7})
     folder = _run(ranks, configuration)
     training, _ = open_sequences(folder, configuration.data, 300)
     order = DataOrder(len(training), 4, seed=0)
@@ -148,7 +148,7 @@ def test_is_plain_pytorch(ranks: Ranks, tmp_path: Path) -> None:
 def test_resumed_run_equals_the_uninterrupted_one(
     ranks: Ranks, tmp_path: Path, tp: int, changes: dict[str, Any]
 ) -> None:
-    changes = {"precision": "fp32", **changes, "tp": tp, "checkpoint_every": 4}
+    changes = {"precision": "fp32", **changes, "mesh": {"tp": tp}, "checkpoint_every": 4}
     whole = _run(ranks, small(tmp_path, run_dir=str(tmp_path / "whole"), **changes))
     interrupted = _run(ranks, small(tmp_path, **changes), stop_after=6)
     assert len(_losses(interrupted)) == 6
@@ -163,10 +163,27 @@ def test_resumed_run_equals_the_uninterrupted_one(
 
 def test_resuming_at_another_tp(ranks: Ranks, tmp_path: Path) -> None:
     whole = _run(ranks, small(tmp_path, run_dir=str(tmp_path / "whole"), checkpoint_every=4))
-    _run(ranks, small(tmp_path, tp=3, checkpoint_every=4), stop_after=5)
-    resumed = _run(ranks, small(tmp_path, tp=2, checkpoint_every=4, resume=True))
+    _run(ranks, small(tmp_path, mesh={"tp": 3}, checkpoint_every=4), stop_after=5)
+    resumed = _run(ranks, small(tmp_path, mesh={"tp": 2}, checkpoint_every=4, resume=True))
     assert _losses(resumed) == pytest.approx(_losses(whole), abs=1e-6)
     assert len(_losses(resumed)) == 12
+
+
+@pytest.mark.parametrize(("data", "micro_batch_size"), [("ddp", 1), ("fsdp", None)])
+def test_replicas(ranks: Ranks, tmp_path: Path, data: str, micro_batch_size: int | None) -> None:
+    """Two replicas, cut over two ranks each, are one process; they go on on other meshes, and from them."""
+    whole = _run(ranks, small(tmp_path, run_dir=str(tmp_path / "whole"), checkpoint_every=4))
+    replicas = {"tp": 2, "dp": 2, "data": data}
+    options: dict[str, Any] = {"checkpoint_every": 4, "micro_batch_size": micro_batch_size}
+    _run(ranks, small(tmp_path, mesh=replicas, **options), stop_after=5)
+    _run(ranks, small(tmp_path, mesh={"tp": 3}, resume=True, checkpoint_every=2), stop_after=7)
+    resumed = _run(ranks, small(tmp_path, mesh=replicas, resume=True, **options))
+    assert _losses(resumed) == pytest.approx(_losses(whole), abs=1e-6)
+    assert len(_losses(resumed)) == 12
+    for (_, ours), (_, theirs) in zip(_validations(resumed), _validations(whole), strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-6)
+    for name, weight in _weights(whole).items():
+        torch.testing.assert_close(_weights(resumed)[name], weight, rtol=0, atol=1e-6)
 
 
 def test_resuming_a_finished_run_and_extending_it(ranks: Ranks, tmp_path: Path) -> None:
@@ -188,11 +205,15 @@ def test_resume_without_a_checkpoint_begins_anew(ranks: Ranks, tmp_path: Path) -
 
 def test_validation_and_checkpoints_do_not_disturb_training(ranks: Ranks, tmp_path: Path) -> None:
     often = {"evaluate_every": 2, "checkpoint_every": 3, "evaluate_sequences": 3}
-    disturbed = _run(ranks, small(tmp_path, tp=2, model=DROPOUT, **often))
+    disturbed = _run(ranks, small(tmp_path, mesh={"tp": 2}, model=DROPOUT, **often))
     quiet = _run(
         ranks,
         small(
-            tmp_path, tp=2, model=DROPOUT, run_dir=str(tmp_path / "quiet"), data={"validation_fraction": 0.05}
+            tmp_path,
+            mesh={"tp": 2},
+            model=DROPOUT,
+            run_dir=str(tmp_path / "quiet"),
+            data={"validation_fraction": 0.05},
         ),
     )
     assert _losses(disturbed) == _losses(quiet)
@@ -201,7 +222,7 @@ def test_validation_and_checkpoints_do_not_disturb_training(ranks: Ranks, tmp_pa
 
 
 def test_what_a_run_leaves(ranks: Ranks, tmp_path: Path) -> None:
-    configuration = small(tmp_path, tp=2, steps=20, checkpoint_every=6, precision="fp32")
+    configuration = small(tmp_path, mesh={"tp": 2}, steps=20, checkpoint_every=6, precision="fp32")
     folder = _run(ranks, configuration)
     assert sorted(one.name for one in folder.checkpoints.iterdir()) == [
         "latest",
@@ -240,7 +261,9 @@ def test_what_a_run_leaves(ranks: Ranks, tmp_path: Path) -> None:
 
 
 def test_greedy_sample_is_that_of_the_loaded_model(ranks: Ranks, tmp_path: Path) -> None:
-    folder = _run(ranks, small(tmp_path, tp=3, precision="fp32", sample={"temperature": 0.0, "tokens": 12}))
+    folder = _run(
+        ranks, small(tmp_path, mesh={"tp": 3}, precision="fp32", sample={"temperature": 0.0, "tokens": 12})
+    )
     model = AutoModelForCausalLM.from_pretrained(str(folder.model)).eval()
     tokenizer = AutoTokenizer.from_pretrained(str(folder.model))
     ids = tokenizer("bo", return_tensors="pt")["input_ids"]
@@ -251,17 +274,17 @@ def test_greedy_sample_is_that_of_the_loaded_model(ranks: Ranks, tmp_path: Path)
 def test_fine_tuning_goes_on_from_the_folders_weights(ranks: Ranks, tmp_path: Path) -> None:
     first = _run(ranks, small(tmp_path, steps=30, run_dir=str(tmp_path / "first")))
     fine = {"config": None, "fields": {}, "path": str(first.model)}
-    second = _run(ranks, small(tmp_path, tp=2, model=fine, checkpoint_every=4), stop_after=7)
+    second = _run(ranks, small(tmp_path, mesh={"tp": 2}, model=fine, checkpoint_every=4), stop_after=7)
     # the first step's loss is before the step: that of the model it started from
     last, begin = _losses(first)[-1], _losses(second)[0]
     assert abs(last - begin) < 0.5 < _losses(first)[0] - begin
-    resumed = _run(ranks, small(tmp_path, tp=2, model=fine, checkpoint_every=4, resume=True))
-    whole = _run(ranks, small(tmp_path, tp=2, model=fine, run_dir=str(tmp_path / "whole")))
+    resumed = _run(ranks, small(tmp_path, mesh={"tp": 2}, model=fine, checkpoint_every=4, resume=True))
+    whole = _run(ranks, small(tmp_path, mesh={"tp": 2}, model=fine, run_dir=str(tmp_path / "whole")))
     _equal_bits(resumed, whole)
 
 
 def test_minutes_become_a_number_of_steps(ranks: Ranks, tmp_path: Path) -> None:
-    budget = {"steps": None, "minutes": 0.02, "optimizer": {"warmup_steps": 10}, "tp": 2}
+    budget = {"steps": None, "minutes": 0.02, "optimizer": {"warmup_steps": 10}, "mesh": {"tp": 2}}
     folder = _run(ranks, small(tmp_path, **budget, checkpoint_every=10), stop_after=10)
     steps = json.loads((folder.checkpoints / "step-000010" / "state.json").read_text())["steps"]
     assert steps > 10
@@ -274,7 +297,7 @@ def test_minutes_become_a_number_of_steps(ranks: Ranks, tmp_path: Path) -> None:
 
 
 def test_a_loss_that_is_not_finite_stops_all_ranks(ranks: Ranks, tmp_path: Path) -> None:
-    wild = small(tmp_path, tp=2, precision="fp32", optimizer={"learning_rate": 1e30})
+    wild = small(tmp_path, mesh={"tp": 2}, precision="fp32", optimizer={"learning_rate": 1e30})
     with pytest.raises(RankError, match=r"ValueError: the loss of step \d+ is (nan|inf): lower optimizer"):
         _run(ranks, wild)
 
@@ -290,7 +313,7 @@ def _prepare_late(configuration: dict[str, Any]) -> str:
 
 
 def test_under_a_launcher_the_first_rank_prepares(ranks: Ranks, tmp_path: Path) -> None:
-    configuration = asdict(small(tmp_path, tp=2, steps=4))
+    configuration = asdict(small(tmp_path, mesh={"tp": 2}, steps=4))
     assert ranks(2).run(_prepare_late, configuration) == ["trained", "trained"]
     # a mistake is told once, and ends all ranks
     told, silent = ranks(2).run(_prepare_late, configuration)
@@ -334,7 +357,7 @@ def test_derived_and_hand_written_plans(ranks: Ranks, tmp_path: Path) -> None:
     for tp, plan in ((1, None), (2, f"{__name__}:OPT"), (2, None)):
         model = {"config": "OPTConfig", "fields": fields, "plan": plan}
         run_dir = str(tmp_path / f"run{len(folders)}")
-        folders.append(_run(ranks, small(tmp_path, run_dir=run_dir, tp=tp, model=model)))
+        folders.append(_run(ranks, small(tmp_path, run_dir=run_dir, mesh={"tp": tp}, model=model)))
     for folder in folders[1:]:
         assert _losses(folder) == pytest.approx(_losses(folders[0]), abs=1e-5)
     for plan, message in (
@@ -343,4 +366,4 @@ def test_derived_and_hand_written_plans(ranks: Ranks, tmp_path: Path) -> None:
     ):
         model = {"config": "OPTConfig", "fields": fields, "plan": plan}
         with pytest.raises(ValueError, match=message):
-            prepare(small(tmp_path, run_dir=str(tmp_path / "refused"), tp=2, model=model))
+            prepare(small(tmp_path, run_dir=str(tmp_path / "refused"), mesh={"tp": 2}, model=model))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from colrow.train.configuration import TrainConfiguration
+from colrow.train.configuration import MeshConfiguration, TrainConfiguration
 from colrow.train.parse import ConfigurationError, from_dictionary, parse, to_yaml
 
 GOOD = """
@@ -24,8 +24,10 @@ def file(tmp_path: Path) -> str:
 
 
 def test_command_line_overrides_file(file: str) -> None:
-    configuration = parse([file, "--tp", "3", "--model.fields.num_hidden_layers", "2", "--data.text=[a, b]"])
-    assert configuration.tp == 3
+    configuration = parse(
+        [file, "--mesh.tp", "3", "--model.fields.num_hidden_layers", "2", "--data.text=[a, b]"]
+    )
+    assert configuration.mesh.tp == 3
     assert configuration.steps == 20
     assert configuration.model.fields == {"hidden_size": 64, "num_hidden_layers": 2}
     assert configuration.optimizer.learning_rate == 1e-3
@@ -61,7 +63,7 @@ def test_written_configuration_reads_back(file: str, tmp_path: Path) -> None:
 
 
 def test_from_dictionary_rejects_unknown_fields() -> None:
-    assert from_dictionary({"tp": 2}) == TrainConfiguration(tp=2)
+    assert from_dictionary({"mesh": {"tp": 2}}) == TrainConfiguration(mesh=MeshConfiguration(tp=2))
     with pytest.raises(ConfigurationError, match=r"no field optimizer\.lr: did you mean optimizer\.learn"):
         from_dictionary({"optimizer": {"lr": 1.0}})
 
@@ -89,17 +91,18 @@ def test_mistakes_in_the_file(tmp_path: Path, yaml: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--tpp 3", "no option --tpp: did you mean tp?"),
+        ("--mesh.tpp 3", "no option --mesh.tpp: did you mean mesh.tp?"),
         ("--lr 3", "no option --lr: did you mean optimizer.learning_rate?"),
         ("--data.vocabsize 3", "did you mean data.vocab_size?"),
         ("--qqqq 3", "colrow train --help"),
         ("-tp 3", "two dashes"),
-        ("--tp", "--tp needs a value"),
-        ("--tp x", "tp: expected int. Got value: x"),
+        ("--mesh.tp", "--mesh.tp needs a value"),
+        ("--mesh.tp x", "mesh.tp: expected int. Got value: x"),
         ("--precision fp16", "precision: expected one of 'fp32'"),
         ("--optimizer.betas [0.9]", "optimizer.betas: expected"),
-        ("--tp 0", "tp=0 must be at least 1"),
-        ("--tp -1", "tp=-1 must be at least 1"),
+        ("--mesh.tp 0", "mesh.tp=0 must be at least 1"),
+        ("--mesh.dp 3", "batch_size=8 cannot be divided by mesh.dp=3"),
+        ("--mesh.tp -1", "mesh.tp=-1 must be at least 1"),
         ("--batch_size 0", "batch_size=0 must be at least 1"),
         ("--micro_batch_size 9", "micro_batch_size=9 is more than batch_size=8"),
         ("--steps 5", "warmup_steps=10 must be fewer than steps=5"),

@@ -108,9 +108,9 @@ def test_a_folder_with_a_run(tmp_path: Path) -> None:
         prepare(small(tmp_path, resume=True, data={"vocab_size": 310}))
     with pytest.raises(ValueError, match=r"has seed=0, not 1"):
         prepare(small(tmp_path, resume=True, seed=1))
-    prepare(small(tmp_path, resume=True, tp=2, steps=99))
+    prepare(small(tmp_path, resume=True, mesh={"tp": 2}, steps=99))
     assert (tmp_path / "run/data/training.bin").stat().st_mtime_ns == tokens.st_mtime_ns
-    assert parse([str(tmp_path / "run/config.yaml")]) == small(tmp_path, tp=2, steps=99)
+    assert parse([str(tmp_path / "run/config.yaml")]) == small(tmp_path, mesh={"tp": 2}, steps=99)
     (tmp_path / "run/notes.txt").write_text("mine")
     prepare(small(tmp_path, overwrite=True, data={"vocab_size": 310}))
     data = read_prepared(RunFolder(tmp_path / "run"))

@@ -42,7 +42,7 @@ def _train(size: int, micro_batch_size: int, max_norm: float | None, steps: int)
     optimizer = build_optimizer(model, OPTIMIZER)
     results = []
     for step in range(steps):
-        loss = accumulate_gradients(model, _batch(step), micro_batch_size, "fp64")
+        loss = accumulate_gradients(model, _batch(step), micro_batch_size, "fp64", mesh)
         norm = optimizer_step(model, optimizer, OPTIMIZER.learning_rate, max_norm)
         results.append((float(loss), float(norm)))
     return results
@@ -85,7 +85,7 @@ def _evaluate(size: int) -> list[tuple[float, bool, float]]:
     for batch_size in (5, 2):
         colrow.manual_seed(3, mesh)
         batches = _batch(0, 5).split(batch_size)
-        loss = mean_loss(model, iter(batches), "fp64", torch.device("cpu"))
+        loss = mean_loss(model, ((one, True) for one in batches), "fp64", torch.device("cpu"), mesh)
         results.append((loss, model.training, float(torch.rand(1))))
     assert all(one.grad is None for one in model.parameters())
     return results
@@ -109,10 +109,10 @@ def _precision(size: int, precision: Any) -> tuple[float, float, set[str]]:
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     model = colrow.parallelize(_model().to(dtype), mesh, hand_plan(_model()))
     optimizer = build_optimizer(model, OPTIMIZER)
-    first = float(accumulate_gradients(model, _batch(0), 4, precision))
+    first = float(accumulate_gradients(model, _batch(0), 4, precision, mesh))
     for _ in range(10):
         optimizer_step(model, optimizer, 3e-3, 1.0)
-        last = float(accumulate_gradients(model, _batch(0), 4, precision))
+        last = float(accumulate_gradients(model, _batch(0), 4, precision, mesh))
     return first, last, {str(one.dtype) for one in model.parameters()}
 
 
@@ -141,7 +141,7 @@ def _tied(size: int, recompute: bool) -> list[float]:
     losses = []
     for step in range(3):
         colrow.manual_seed(step, mesh)
-        losses.append(float(accumulate_gradients(model, _batch(step), 3, "fp64")))
+        losses.append(float(accumulate_gradients(model, _batch(step), 3, "fp64", mesh)))
         optimizer_step(model, optimizer, 3e-3, 1.0)
     return losses
 

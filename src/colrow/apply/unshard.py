@@ -31,8 +31,8 @@ def unshard(model: nn.Module) -> nn.Module:
     named: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
     if any(data_groups(parameter) for parameter in named.values()):
         raise ValueError(
-            "FSDP has cut this model's parameters once more, which cannot be taken back: colrow.save_pretrained "
-            "writes their global form, which another model can load"
+            "FSDP has cut this model's parameters once more, which cannot be taken back: "
+            "colrow.save_pretrained writes their global form, which another model can load"
         )
     named.update(module.named_buffers(remove_duplicate=False))
     whole: dict[int, Tensor] = {}

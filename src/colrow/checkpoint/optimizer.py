@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from colrow.checkpoint.holders import Holders
 from colrow.checkpoint.reader import SafetensorsFolder
 from colrow.checkpoint.shards import Saved, write_global
-from colrow.data_shards import cut_like
+from colrow.data_shards import cut_like, let_go_of_gathered
 from colrow.layout import TensorLayout
-from colrow.state import PlacedParameter, placed_parameters, state_of
+from colrow.state import PlacedParameter, parallel_module, placed_parameters, state_of
 
 _STEM = "optimizer"
 _GROUPS = "groups"
@@ -51,6 +51,7 @@ def save_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, folder: s
         OSError: if the folder cannot be written.
     """
     state = state_of(model)
+    let_go_of_gathered(parallel_module(model))
     holders = Holders(state)
     label = f"save {folder}"
     with holders.together(label):

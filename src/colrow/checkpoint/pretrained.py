@@ -17,7 +17,7 @@ from colrow.apply import parallelize
 from colrow.checkpoint.meta import materialise, parameters_on_meta
 from colrow.checkpoint.reader import SafetensorsFolder
 from colrow.checkpoint.shards import BYTES_PER_FILE, Saved, write_global
-from colrow.data_shards import cut_like, held
+from colrow.data_shards import cut_like, held, let_go_of_gathered, own_class
 from colrow.layout import TensorLayout
 from colrow.plan import HandPlan, Plan
 from colrow.state import PlacedParameter, parallel_module, placed_parameters, state_of
@@ -45,6 +45,7 @@ def save_pretrained(model: nn.Module, folder: str | Path, *, bytes_per_file: int
             one that says what it reported.
     """
     module, state = parallel_module(model), state_of(model)
+    let_go_of_gathered(module)
     saved = [
         Saved(_saved_name(module, placed), placed.parameter, placed.layout)
         for placed in placed_parameters(module)
@@ -79,7 +80,7 @@ def _save_configurations(module: nn.Module, folder: Path) -> None:
     if config is None or not hasattr(config, "save_pretrained"):
         return
     parameter = next(module.parameters(), None)
-    config.architectures = [type(module).__name__]
+    config.architectures = [own_class(module).__name__]
     if parameter is not None:
         config.dtype = parameter.dtype
     config.save_pretrained(folder)

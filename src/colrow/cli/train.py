@@ -38,10 +38,10 @@ def run(arguments: list[str]) -> int:
     from colrow.train.folder import RunFolder
     from colrow.train.prepare import prepare
 
-    print(*prepare(configuration), f"starting {configuration.tp} ranks", sep="\n", flush=True)
+    print(*prepare(configuration), f"starting {configuration.mesh.ranks} ranks", sep="\n", flush=True)
     arguments_of_train = {"configuration": asdict(configuration), "prepared": True}
     try:
-        launch("colrow.train.loop:train", arguments_of_train, configuration.tp)
+        launch("colrow.train.loop:train", arguments_of_train, configuration.mesh.ranks)
     except KeyboardInterrupt:
         latest = RunFolder(configuration.run_folder).checkpoints / "latest"
         if latest.exists():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -12,6 +12,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from colrow.collectives import communicator
+from colrow.data_shards import let_go_of_gathered
+from colrow.replicas import check_equal_weights
 from colrow.state import parallel_module
 
 Kind = Literal["ddp", "fsdp"]
@@ -36,6 +39,7 @@ def data_parallel(model: nn.Module, mesh: DeviceMesh, kind: Kind = "ddp") -> nn.
 
     Raises:
         ValueError: if the model has not been parallelized, or the mesh has no dimension ``dp``.
+        PlanError: if the replicas' weights differ.
     """
     if kind not in get_args(Kind):
         raise ValueError(f"kind must be 'ddp' or 'fsdp', not {kind!r}")
@@ -43,13 +47,21 @@ def data_parallel(model: nn.Module, mesh: DeviceMesh, kind: Kind = "ddp") -> nn.
         raise ValueError("the mesh has no dimension dp: make it with colrow.init_mesh(tp=..., dp=...)")
     module = parallel_module(model)
     replicas = mesh["dp"]
+    check_equal_weights(module, communicator(replicas))
     if kind == "ddp":
         devices = [torch.cuda.current_device()] if mesh.device_type == "cuda" else None
         return DistributedDataParallel(model, device_ids=devices, process_group=replicas.get_group())
     for layer in _layers(module):
         fully_shard(layer, mesh=replicas)
     fully_shard(model, mesh=replicas)
+    model.register_forward_hook(_at_rest)
     return model
+
+
+def _at_rest(model: nn.Module, arguments: Any, output: Any) -> None:
+    """After a forward without gradients no backward lets go of what FSDP keeps gathered for it."""
+    if not torch.is_grad_enabled():
+        let_go_of_gathered(model)
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:

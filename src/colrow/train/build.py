@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 import colrow
 from colrow.checkpoint import load_optimizer, load_pretrained
+from colrow.collectives import Communicator, communicator
 from colrow.model import calls_for
 from colrow.train.configuration import TrainConfiguration
 from colrow.train.folder import RunFolder
@@ -25,10 +27,17 @@ def device_of(mesh: DeviceMesh) -> torch.device:
     return torch.device("cpu")
 
 
+def all_ranks() -> Communicator:
+    """All ranks of the job, whatever they are in the mesh."""
+    everyone = dist.group.WORLD
+    assert everyone is not None  # there is a mesh
+    return communicator(everyone)
+
+
 def build(
     configuration: TrainConfiguration, folder: RunFolder, mesh: DeviceMesh, checkpoint: Path | None
 ) -> tuple[Any, torch.optim.Optimizer]:
-    """The model, cut over the mesh and in training mode, and its optimizer.
+    """The model, cut over the mesh, with its replicas and in training mode, and its optimizer.
 
     Args:
         configuration: what to build.
@@ -38,7 +47,7 @@ def build(
     """
     dtype = DTYPES[configuration.precision]
     source = checkpoint / "model" if checkpoint is not None else configuration.model.path
-    colrow.manual_seed(configuration.seed, mesh)
+    torch.manual_seed(configuration.seed)  # replicas have the same weights
     plan = named_plan(configuration.model.plan)
     model: Any
     if source is None:
@@ -53,6 +62,8 @@ def build(
     if configuration.checkpoint_activations:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
+    if configuration.mesh.dp > 1:
+        model = colrow.data_parallel(model, mesh, configuration.mesh.data)
     optimizer = build_optimizer(model, configuration.optimizer)
     if checkpoint is not None:
         load_optimizer(model, optimizer, checkpoint / "optimizer")

@@ -95,6 +95,30 @@ class SampleConfiguration:
     temperature: float = 0.8
 
 
+@dataclass
+class MeshConfiguration:
+    """The ranks: their number is dp x tp.
+
+    Attributes:
+        tp: number of ranks that share the model.
+        dp: number of replicas of the model, each of which takes its part of every batch.
+        data: what replicas share: ddp, only gradients; fsdp, also parameters, gradients and optimizer state.
+    """
+
+    tp: int = 1
+    dp: int = 1
+    data: Literal["ddp", "fsdp"] = "ddp"
+
+    @property
+    def ranks(self) -> int:
+        """Number of ranks."""
+        return self.tp * self.dp
+
+    def __str__(self) -> str:
+        replicas = f"dp={self.dp} ({self.data}) x " if self.dp > 1 else ""
+        return f"{replicas}tp={self.tp} ranks"
+
+
 Precision = Literal["fp32", "bf16-mixed", "bf16", "fp64"]
 
 
@@ -104,17 +128,16 @@ class TrainConfiguration:
 
     Attributes:
         run_dir: folder for everything that the run writes; default: runs/ and the configuration file's name.
-        resume: continue from the latest checkpoint in run_dir, at any tp.
+        resume: continue from the latest checkpoint in run_dir, on any mesh.
         overwrite: delete the run that run_dir already holds.
         seed: of the initial weights, the order of the data, dropout and the sample.
-        tp: number of ranks that share the model.
         timeout: seconds after which a rank that does not answer ends the job.
         steps: number of optimizer steps.
         minutes: instead of steps: the first steps are timed, then the number of steps that fills so many
             minutes is fixed (and recorded, so that a resumed run keeps it).
-        batch_size: sequences per optimizer step.
-        micro_batch_size: sequences per forward and backward; fewer take less memory and give the same
-            gradient. Default: batch_size.
+        batch_size: sequences per optimizer step, of all replicas together.
+        micro_batch_size: sequences per forward and backward of a replica; fewer take less memory and give
+            the same gradient. Default: all of the replica's.
         precision: fp32; bf16-mixed computes in bfloat16 where autocast deems it safe and keeps fp32
             parameters; bf16 has bfloat16 parameters too, which round small updates away; fp64 is for
             comparisons (transformers computes losses in fp32 even then).
@@ -123,6 +146,7 @@ class TrainConfiguration:
         evaluate_sequences: use so many validation sequences; null for all.
         checkpoint_every: steps between checkpoints; null for none but the one at the end.
         keep_checkpoints: how many of the latest checkpoints stay.
+        mesh: The ranks and what they share.
         model: The model, either new (config, fields) or fine-tuned (path).
         data: The text, its tokenizer and its sequences.
         optimizer: AdamW and its learning rate.
@@ -133,7 +157,6 @@ class TrainConfiguration:
     resume: bool = False
     overwrite: bool = False
     seed: int = 0
-    tp: int = 1
     timeout: float = 300.0
     steps: int | None = None
     minutes: float | None = None
@@ -145,6 +168,7 @@ class TrainConfiguration:
     evaluate_sequences: int | None = None
     checkpoint_every: int | None = 500
     keep_checkpoints: int = 2
+    mesh: MeshConfiguration = field(default_factory=MeshConfiguration)
     model: ModelConfiguration = field(default_factory=ModelConfiguration)
     data: DataConfiguration = field(default_factory=DataConfiguration)
     optimizer: OptimizerConfiguration = field(default_factory=OptimizerConfiguration)
@@ -163,8 +187,13 @@ class TrainConfiguration:
 
     @property
     def micro_batch(self) -> int:
-        """Sequences per forward and backward."""
-        return self.batch_size if self.micro_batch_size is None else self.micro_batch_size
+        """Sequences per forward and backward of a replica."""
+        return self.replica_batch if self.micro_batch_size is None else self.micro_batch_size
+
+    @property
+    def replica_batch(self) -> int:
+        """Sequences per optimizer step of a replica."""
+        return self.batch_size // self.mesh.dp
 
     def check(self) -> None:
         """Everything that can be told from the numbers alone.
@@ -172,12 +201,19 @@ class TrainConfiguration:
         Raises:
             ValueError: naming the field, its value and what it should be.
         """
-        _at_least(self.tp, 1, "tp", "the number of ranks that share the model")
+        _at_least(self.mesh.tp, 1, "mesh.tp", "the number of ranks that share the model")
+        _at_least(self.mesh.dp, 1, "mesh.dp", "the number of replicas of the model")
         _at_least(self.batch_size, 1, "batch_size")
-        _at_least(self.micro_batch, 1, "micro_batch_size")
-        if self.micro_batch > self.batch_size:
+        if self.batch_size % self.mesh.dp:
             raise ValueError(
-                f"micro_batch_size={self.micro_batch} is more than batch_size={self.batch_size}: "
+                f"batch_size={self.batch_size} cannot be divided by mesh.dp={self.mesh.dp}: "
+                "every replica takes as many sequences of a batch"
+            )
+        _at_least(self.micro_batch, 1, "micro_batch_size")
+        if self.micro_batch > self.replica_batch:
+            whole = "batch_size" if self.mesh.dp == 1 else "batch_size / mesh.dp"
+            raise ValueError(
+                f"micro_batch_size={self.micro_batch} is more than {whole}={self.replica_batch}: "
                 "a batch is processed in micro-batches"
             )
         _at_least(self.evaluate_every, 1, "evaluate_every")

@@ -67,8 +67,8 @@ def _write_sample(run: Run) -> str:
         return ""
     tokenizer = load_tokenizer(run.folder.tokenizer)
     prompt = tokenizer(sample.prompt, add_special_tokens=False, return_tensors="pt")
-    colrow.manual_seed(derived_seed(run.configuration.seed, "sample", 0), run.mesh)
-    model = run.model
+    torch.manual_seed(derived_seed(run.configuration.seed, "sample", 0))  # replicas write the same
+    model = run.cut
     model.eval()
     choice = (
         {"do_sample": True, "temperature": sample.temperature} if sample.temperature else {"do_sample": False}

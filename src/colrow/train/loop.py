@@ -11,8 +11,8 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 import colrow
-from colrow.collectives import communicator
-from colrow.train.build import device_of
+from colrow.data_shards import own_class
+from colrow.train.build import all_ranks, device_of
 from colrow.train.configuration import TrainConfiguration
 from colrow.train.data import derived_seed
 from colrow.train.display import Display, make_display
@@ -44,11 +44,11 @@ def train(configuration: dict[str, Any], prepared: bool) -> dict[str, Any]:
         RankFailure: if another rank dies or comes too late.
     """
     chosen = from_dictionary(configuration)
-    mesh = colrow.init_mesh(tp=chosen.tp, timeout=chosen.timeout)
+    mesh = colrow.init_mesh(tp=chosen.mesh.tp, dp=chosen.mesh.dp, timeout=chosen.timeout)
     if not prepared:
         _prepare_on_first_rank(chosen, mesh)
     run = Run(chosen, mesh)
-    with make_display(run.is_first) as display, Trainer(run, display) as trainer, without_cache(run.model):
+    with make_display(run.is_first) as display, Trainer(run, display) as trainer, without_cache(run.cut):
         trainer.train()
     finish(run)
     validation = trainer.last_validation
@@ -61,7 +61,7 @@ def train(configuration: dict[str, Any], prepared: bool) -> dict[str, Any]:
 
 def _prepare_on_first_rank(configuration: TrainConfiguration, mesh: DeviceMesh) -> None:
     """What another process would have done before it started the ranks; a mistake is told once."""
-    ranks, mistake = communicator(mesh), None
+    ranks, mistake = all_ranks(), None
     if ranks.rank == 0:
         try:
             print(*prepare(configuration), sep="\n", flush=True)
@@ -120,7 +120,7 @@ class Trainer:
         colrow.manual_seed(derived_seed(configuration.seed, "step", run.done), run.mesh)
         batch = run.batch()
         loss = accumulate_gradients(
-            run.model, batch, configuration.micro_batch, configuration.precision
+            run.model, batch, configuration.micro_batch, configuration.precision, run.mesh
         ).item()
         if not math.isfinite(loss):
             raise ValueError(
@@ -137,7 +137,7 @@ class Trainer:
             loss=loss,
             grad_norm=norm,
             lr=rate,
-            tokens_per_second=batch.numel() / seconds,
+            tokens_per_second=batch.numel() * configuration.mesh.dp / seconds,
             peak_memory_bytes=peak_memory_bytes(run.device.type),
             comm_fraction=(colrow.comm_stats().seconds - communicated) / seconds,
         )
@@ -159,7 +159,7 @@ class Trainer:
         run = self.run
         if run.validation is not None:
             batches = run.validation_batches()
-            loss = mean_loss(run.model, batches, self.configuration.precision, run.device)
+            loss = mean_loss(run.model, batches, self.configuration.precision, run.device, run.mesh)
             self.last_validation = ValidationRecord(run.done, loss, math.exp(min(loss, 700.0)))
             if self.metrics is not None:
                 self.metrics.write(self.last_validation)
@@ -168,6 +168,7 @@ class Trainer:
             from colrow.report.curve import plot_losses  # only the first rank need wait for matplotlib
 
             total = colrow.count_parameters(run.model).total
-            title = f"{type(run.model).__name__}, {total / 1e6:.1f} M parameters, tp={run.ranks.size}"
+            name, mesh = own_class(run.cut).__name__, self.configuration.mesh
+            title = f"{name}, {total / 1e6:.1f} M parameters, {mesh}"
             training, validation = self.metrics.losses(StepRecord), self.metrics.losses(ValidationRecord)
             plot_losses(run.folder.curve, training, validation, title)

@@ -68,7 +68,7 @@ def prepare(configuration: TrainConfiguration) -> list[str]:
         model = transformers_configuration(configuration.model, tokenizer)
         _check_lengths(model, tokenizer, configuration)
         plan = named_plan(configuration.model.plan)
-        parameters = check_on_meta(model, plan, configuration.tp, configuration.checkpoint_activations)
+        parameters = check_on_meta(model, plan, configuration.mesh.tp, configuration.checkpoint_activations)
         fresh = stage.data.exists()
         training, validation = open_sequences(stage if fresh else folder, configuration.data, data.vocab_size)
         if configuration.overwrite:  # only now that nothing can go wrong any more
@@ -82,7 +82,7 @@ def prepare(configuration: TrainConfiguration) -> list[str]:
     held_out = f"{len(validation)} for validation" if validation else "none for validation"
     return [
         f"{type(model).__name__} with {parameters:,} parameters, {configuration.precision}, "
-        f"over tp={configuration.tp} ranks",
+        f"over {configuration.mesh}",
         f"{data.training_tokens:,} tokens of {data.vocab_size} kinds, "
         f"{data.characters / data.training_tokens:.2f} characters each: {len(training)} sequences of "
         f"{configuration.data.sequence_length} for training, {held_out}",

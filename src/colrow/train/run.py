@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from colrow.checkpoint import save_optimizer, save_pretrained
-from colrow.collectives import communicator
+from colrow.state import parallel_module
 from colrow.train.budget import Budget
-from colrow.train.build import build, device_of
+from colrow.train.build import all_ranks, build, device_of
 from colrow.train.configuration import TrainConfiguration
 from colrow.train.data import DataOrder
 from colrow.train.folder import Checkpoints, RunFolder, read_state
@@ -30,6 +31,9 @@ class Run:
         ValueError: if this rank does not see the folder.
 
     Attributes:
+        ranks: all ranks.
+        model: what the training loop calls: the cut model with its replicas.
+        cut: the cut model itself.
         done: number of steps done.
         budget: number of steps of the training.
         checkpoint: what it was resumed from, if it was.
@@ -38,7 +42,7 @@ class Run:
     def __init__(self, configuration: TrainConfiguration, mesh: DeviceMesh) -> None:
         self.configuration, self.mesh = configuration, mesh
         self.folder = RunFolder(configuration.run_folder)
-        self.ranks = communicator(mesh)
+        self.ranks = all_ranks()
         self.is_first = self.ranks.rank == 0
         self.device = device_of(mesh)
         self._checkpoints = Checkpoints(
@@ -58,22 +62,30 @@ class Run:
                 "run_dir must be on a file system that all hosts share"
             )
         self.model, self.optimizer = build(configuration, self.folder, mesh, self.checkpoint)
+        self.cut: Any = parallel_module(self.model)
         self.training, self.validation = open_sequences(self.folder, configuration.data, data.vocab_size)
         self._order = DataOrder(len(self.training), configuration.batch_size, configuration.seed)
         steps = configuration.steps if configuration.steps is not None else state.get("steps")
         self.budget = Budget(steps, configuration.minutes, self._evaluation_share())
 
     def batch(self) -> Tensor:
-        """The token ids of the next step: [batch_size, sequence_length], the same on every rank."""
-        return self.training.take(self._order.indices(self.done)).to(self.device)
+        """This replica's token ids of the next step: [batch_size / dp, sequence_length]."""
+        size = self.configuration.replica_batch
+        first = self.mesh.get_local_rank("dp") * size
+        return self.training.take(self._order.indices(self.done)[first : first + size]).to(self.device)
 
-    def validation_batches(self) -> Iterator[Tensor]:
-        """The validation sequences, as many at a time as in training."""
+    def validation_batches(self) -> Iterator[tuple[Tensor, bool]]:
+        """This replica's validation sequences, as many at a time as in training, and whether they count.
+
+        As many for every replica, so that they compute together: some take what another counts.
+        """
         if self.validation is None:
             return
         count, size = self._evaluation_sequences(), self.configuration.micro_batch
-        for first in range(0, count, size):
-            yield self.validation.take(range(first, min(first + size, count)))
+        batches = [range(first, min(first + size, count)) for first in range(0, count, size)]
+        for first in range(0, len(batches), self.configuration.mesh.dp):
+            own = first + self.mesh.get_local_rank("dp")
+            yield self.validation.take(batches[min(own, len(batches) - 1)]), own < len(batches)
 
     def _evaluation_sequences(self) -> int:
         if self.validation is None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 import colrow
+from colrow.collectives import communicator
 from colrow.train.configuration import Precision
 
 IGNORED = -100
@@ -26,30 +29,40 @@ def predicted_tokens(labels: Tensor) -> int:
     return int((labels[:, 1:] != IGNORED).sum())
 
 
-def accumulate_gradients(model: Any, batch: Tensor, micro_batch_size: int, precision: Precision) -> Tensor:
+def accumulate_gradients(
+    model: Any, batch: Tensor, micro_batch_size: int, precision: Precision, mesh: DeviceMesh
+) -> Tensor:
     """Forward and backward over a batch, some sequences at a time.
 
     The gradients that are added to the parameters, and the loss, are those of the mean over all predicted
-    tokens of the batch, however it is divided.
+    tokens of all replicas' batches, however they are divided.
 
     Args:
-        model: a transformers causal language model, cut or whole.
-        batch: token ids [sequences, length], on the model's device.
-        micro_batch_size: sequences at a time.
+        model: a transformers causal language model, cut or whole, with or without replicas.
+        batch: this replica's token ids [sequences, length], on the model's device.
+        micro_batch_size: sequences at a time; as many times on every replica.
         precision: whether to compute in bfloat16.
+        mesh: the ranks.
 
     Returns:
-        The loss before the step: float64, a scalar on the model's device.
+        The loss before the step: float64, a scalar on the model's device, the same on every rank.
     """
-    total = predicted_tokens(batch)
+    weight = colrow.token_weight(mesh, predicted_tokens(batch))
     loss = torch.zeros((), dtype=torch.float64, device=batch.device)
-    for micro_batch in batch.split(micro_batch_size):
-        with autocast(precision, batch.device.type):
-            mean = model(input_ids=micro_batch, labels=micro_batch).loss
-        share = predicted_tokens(micro_batch) / total
-        (mean * share if share != 1 else mean).backward()
+    micro_batches = batch.split(micro_batch_size)
+    for number, micro_batch in enumerate(micro_batches, 1):
+        is_last = number == len(micro_batches)
+        with nullcontext() if is_last else colrow.no_gradient_sync(model):
+            with autocast(precision, batch.device.type):
+                mean = model(input_ids=micro_batch, labels=micro_batch).loss
+            share = predicted_tokens(micro_batch) * weight
+            (mean * share if share != 1 else mean).backward()
         loss += mean.detach().double() * share
-    return loss
+    return _sum_over_replicas(loss, mesh) / mesh["dp"].size()
+
+
+def _sum_over_replicas(numbers: Tensor, mesh: DeviceMesh) -> Tensor:
+    return communicator(mesh["dp"]).all_reduce(numbers, label="numbers of all replicas")
 
 
 def optimizer_step(
@@ -69,22 +82,36 @@ def optimizer_step(
 
 
 @torch.no_grad()
-def mean_loss(model: Any, batches: Any, precision: Precision, device: torch.device) -> float:
-    """The mean loss per predicted token over batches of token ids; leaves the model as it was.
+def mean_loss(
+    model: Any,
+    batches: Iterable[tuple[Tensor, bool]],
+    precision: Precision,
+    device: torch.device,
+    mesh: DeviceMesh,
+) -> float:
+    """The mean loss per predicted token over all replicas' batches; leaves the model as it was.
 
     Draws no random numbers: the model is in evaluation mode meanwhile.
+
+    Args:
+        model: see :func:`accumulate_gradients`.
+        batches: this replica's token ids, and whether they count: as many as on other replicas.
+        precision: whether to compute in bfloat16.
+        device: of the model.
+        mesh: the ranks.
     """
     was_training = model.training
     model.eval()
-    total, loss = 0, 0.0
+    found = torch.zeros(2, dtype=torch.float64, device=device)  # sum of losses, number of tokens
     try:
-        for batch in batches:
+        for batch, counts in batches:
             batch = batch.to(device)
             count = predicted_tokens(batch)
             with autocast(precision, device.type):
                 mean = model(input_ids=batch, labels=batch).loss
-            loss += float(mean) * count
-            total += count
+            if counts:
+                found += torch.stack([mean.double() * count, torch.full_like(mean, count).double()])
     finally:
         model.train(was_training)
-    return loss / total
+    loss, total = _sum_over_replicas(found, mesh).tolist()
+    return float(loss / total)
