@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 PROGRAMS = {
     "colrow": "colrow",
+    "colrow_sequence": "colrow_sequence",
     "dtensor": "dtensor",
     "megatron": "megatron",
     "transformers": "transformers",

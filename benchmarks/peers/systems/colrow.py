@@ -25,12 +25,12 @@ class ColrowTrainer(Trainer):
         return Moved(total.count, total.bytes)
 
 
-def parallelized(case: Case, folder: Path) -> nn.Module:
-    """The model, cut over the ranks."""
+def parallelized(case: Case, folder: Path, *, sequence: bool = False) -> nn.Module:
+    """The model, cut over the ranks; with ``sequence`` along the sequence too, between regions."""
     mesh = colrow.init_mesh(tp=case.ranks, device="cpu")
     model = plain_model(case, folder).train()
     tokens = batch(case, 0)
-    return colrow.parallelize(model, mesh, {"input_ids": tokens, "labels": tokens})
+    return colrow.parallelize(model, mesh, {"input_ids": tokens, "labels": tokens}, sequence=sequence)
 
 
 def settings() -> list[str]:
