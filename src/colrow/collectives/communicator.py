@@ -18,7 +18,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from colrow.collectives import shared, through_torch
 from colrow.collectives.pending import Pending
 from colrow.collectives.rank_group import RankGroup
-from colrow.collectives.shapes import check_dimension, exchanged_shapes, gathered_sizes, scattered_sizes
+from colrow.collectives.shapes import (
+    check_dimension,
+    exchanged_shapes,
+    gathered_sizes,
+    in_a_row,
+    joined,
+    scattered_sizes,
+)
 from colrow.collectives.statistics import CommStats
 from colrow.collectives.subgroups import check_members, make_subgroup
 from colrow.transport import Memory
@@ -157,15 +164,13 @@ class Communicator(RankGroup):
             tensor, split_dimension, split_sizes, concat_dimension, concat_sizes, self.rank, self.size
         )
         pieces = tensor.split(list(split_sizes), split_dimension)
-        source = torch.cat([piece.reshape(-1) for piece in pieces])
+        source = in_a_row(tensor, split_dimension, split_sizes)
         given = [piece.numel() for piece in pieces]
         taken = [torch.Size(shape).numel() for shape in shapes]
 
-        def joined(received: Tensor) -> Tensor:
-            parts = [part.view(shape) for part, shape in zip(received.split(taken), shapes, strict=True)]
-            return torch.cat(parts, concat_dimension)
-
-        return self._exchange("all_to_all", label, source, given, taken, joined)
+        return self._exchange(
+            "all_to_all", label, source, given, taken, lambda row: joined(row, concat_dimension, shapes)
+        )
 
     def _exchange(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 
 import torch
 from torch import Tensor
@@ -103,3 +104,29 @@ def pad(tensor: Tensor, dimension: int, size: int) -> Tensor:
     shape = list(tensor.shape)
     shape[dimension] = missing
     return torch.cat([tensor, tensor.new_zeros(shape)], dimension)
+
+
+def in_a_row(tensor: Tensor, dimension: int, sizes: Sequence[int]) -> Tensor:
+    """The parts of ``tensor`` along ``dimension`` one after the other, in one dimension.
+
+    They lie so already if nothing is in front of that dimension; then this is a view.
+    """
+    if tensor.is_contiguous() and prod(tensor.shape[:dimension]) == 1:
+        return tensor.view(-1)
+    parts = tensor.split(list(sizes), dimension)
+    row = tensor.new_empty(tensor.numel())
+    for part, place in zip(parts, row.split([part.numel() for part in parts]), strict=True):
+        place.view(part.shape).copy_(part)
+    return row
+
+
+def joined(row: Tensor, dimension: int, shapes: Sequence[Sequence[int]]) -> Tensor:
+    """Tensors of these shapes, which lie one after the other in ``row``, as one along ``dimension``.
+
+    A view of ``row``, if they are that already.
+    """
+    if prod(shapes[0][:dimension]) == 1:
+        extent = sum(shape[dimension] for shape in shapes)
+        return row.view([*shapes[0][:dimension], extent, *shapes[0][dimension + 1 :]])
+    parts = row.split([prod(shape) for shape in shapes])
+    return torch.cat([part.view(list(shape)) for part, shape in zip(parts, shapes, strict=True)], dimension)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from colrow.collectives.failure import diagnose
 from colrow.collectives.pending import Pending
+from colrow.collectives.shapes import in_a_row, joined
 from colrow.collectives.statistics import Call, Tally
 from colrow.transport import Memory
 from colrow.transport.c10d import plain
@@ -85,21 +86,15 @@ def all_gather(memory: Memory, shard: Tensor, dimension: int, sizes: Sequence[in
     is_equal = len(set(counts)) == 1
     result = source.new_empty(sum(counts))
 
-    def finish() -> Tensor:
-        if dimension == 0:
-            return result.view(sum(sizes), *shard.shape[1:])
-        parts = [part.view(shape) for part, shape in zip(result.split(counts), shapes, strict=True)]
-        return torch.cat(parts, dimension)
-
-    return lambda: memory.all_gather(source, result, None if is_equal else counts), finish
+    return (
+        lambda: memory.all_gather(source, result, None if is_equal else counts),
+        lambda: joined(result, dimension, shapes),
+    )
 
 
 def reduce_scatter(memory: Memory, tensor: Tensor, dimension: int, sizes: Sequence[int]) -> Plan:
     """See :meth:`Communicator.start_reduce_scatter`."""
-    if dimension == 0:
-        source = plain(tensor)
-    else:
-        source = torch.cat([piece.reshape(-1) for piece in tensor.split(list(sizes), dimension)])
+    source = in_a_row(plain(tensor), dimension, sizes)
     shape = list(tensor.shape)
     shape[dimension] = sizes[memory.rank]
     result = source.new_empty(shape)

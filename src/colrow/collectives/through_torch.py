@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from colrow.collectives.pending import Work
-from colrow.collectives.shapes import pad
+from colrow.collectives.shapes import in_a_row, pad
 
 if TYPE_CHECKING:
     from colrow.collectives.rank_group import RankGroup
@@ -70,7 +70,7 @@ def reduce_scatter_by_gloo(ranks: RankGroup, tensor: Tensor, dimension: int, siz
     rank order; half precision is added in fp32 and rounded once.
     """
     pieces = tensor.split(list(sizes), dimension)
-    source = torch.cat([piece.reshape(-1) for piece in pieces]) if dimension else tensor.reshape(-1)
+    source = in_a_row(tensor, dimension, sizes)
     given = [piece.numel() for piece in pieces]
     start, received = all_to_all(ranks, source, given, [given[ranks.rank]] * ranks.size)
 
