@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
 import torch
+from benchmarks.peers.shapes import Shape
+from benchmarks.peers.systems.models import Gpt
 from torch import Tensor, nn
 
 from colrow.plan import ModuleOutput, Plan
@@ -128,3 +131,23 @@ def test_layers_left_out_by_chance(ranks: Ranks) -> None:
     # none is left out of the trace, and parts do not leave a layer, as the next one may not be called
     assert len(plan.exits) == 6
     assert any(one.along is not None for one in plan.exits)
+
+
+def _gpt() -> nn.Module:
+    """Positions are a parameter that is added, and what is returned is an object of the program's own."""
+    model = Gpt(Shape("small", "gpt", 2, 24, 3, 3, 40, 50, 10, 2, 1))
+    nn.init.normal_(model.positions)
+    return model
+
+
+def _verify_gpt(size: int, ids: Tensor) -> Report:
+    example = {"input_ids": ids, "labels": ids}
+    return verify_on_ranks(_gpt, example, worker_mesh(size), steps=1, sequence=True)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_positions_in_a_parameter(ranks: Ranks, size: int) -> None:
+    for report in ranks(size).run(_verify_gpt, size, torch.randint(50, (2, 10))):
+        assert report.passed, str(report)
+        compared = {check.name for check in report.checks if check.kind == "outputs"}
+        assert {"logits", "loss"} <= compared

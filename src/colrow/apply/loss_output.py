@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, MutableMapping, MutableSequence
+from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor
@@ -54,8 +55,9 @@ class ShardedLogits:
 def without_local_logits(output: Any, label: str, notice: Callable[[Tensor], None]) -> Any:
     """``output`` with each :class:`LocalLogits` replaced by :class:`ShardedLogits`.
 
-    Looks into mappings (the outputs of transformers are such), lists, tuples, dataclasses and what is
-    registered with torch's pytree. What can change is changed in place, so that its type and identity stay.
+    Looks into mappings (the outputs of transformers are such), lists, tuples, dataclasses, simple namespaces
+    and what is registered with torch's pytree. What can change is changed in place, so that its type and
+    identity stay.
 
     Args:
         output: what the model's forward gave.
@@ -101,6 +103,9 @@ class _Walk:
                 new = self.replaced(item)
                 if new is not item:
                     value[key] = new
+            return value
+        if isinstance(value, SimpleNamespace):
+            self._inside(vars(value))
             return value
         if isinstance(value, MutableSequence) and not isinstance(value, bytearray):
             for index, item in enumerate(value):

@@ -84,7 +84,7 @@ def outputs_of(result: Any, *, gather: bool) -> Outputs:
         elif is_object(item) and id(item) not in seen:
             seen.add(id(item))
             for key, each in list(vars(item).items()):
-                collect((*path, key), each, True)
+                collect((*path, key), each, bool(path))  # the result itself is no cache
 
     collect((), result, False)
     numbers = [name for name, one in outputs.values.items() if one.numel() == 1 and one.requires_grad]

@@ -28,6 +28,8 @@ from colrow.plan.sites import Where
 from colrow.plan.states import States
 from colrow.trace.records import ModuleCall, Value
 
+_ADDS = ("aten.add", "aten.add_")
+
 
 def find_sequences(
     model: nn.Module,
@@ -55,12 +57,7 @@ class _Search:
         self._reductions, self._summations = reductions, summations
         self._axes = states.selection.axes
         self._leaving = [one.value for one in reductions.all]
-        self._weights = {
-            atom.index
-            for value in self._axes.trace.values
-            if value.source.kind == "parameter"
-            for atom in self._axes.atoms(value)
-        }
+        self._weights = self._features()
 
     def run(self) -> list[SequenceCut]:
         found: list[SequenceCut] = []
@@ -130,11 +127,23 @@ class _Search:
         return []
 
     def _sequence(self, factor: Factor) -> tuple[Factor, ...] | None:
-        """The atoms of a dimension that could be a sequence: as long as there are ranks, and of no weight."""
+        """The atoms of a dimension that could be a sequence: as long as there are ranks, no features."""
         if factor.size < max(2, self._states.selection.ranks):
             return None
         parts = parts_of(self._axes, factor)
         return None if parts is None or any(part.index in self._weights for part in parts) else parts
+
+    def _features(self) -> set[int]:
+        """Atoms of weights.
+
+        A parameter that is only added to something, as learned positions are, may have a row for each token.
+        """
+        return {
+            atom.index
+            for value in self._axes.trace.values
+            if value.source.kind == "parameter" and not all(use.name in _ADDS for use in value.uses)
+            for atom in self._axes.atoms(value)
+        }
 
     def _marked(self, mark: ByOperation) -> set[int]:
         """Atoms that operations on parts of other axes marked so."""
