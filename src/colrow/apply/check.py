@@ -18,6 +18,8 @@ def check_plan(plan: Plan, model: nn.Module) -> dict[str, TensorLayout]:
     Raises:
         PlanError: if the plan does not fit the model, or would compute something else than the model does.
     """
+    if not plan.by_hand:
+        plan.check_model(model)  # lists all that differs
     modules = dict(model.named_modules())
     shapes = {name: tuple(one.shape) for name, one in model.named_parameters(remove_duplicate=False)}
     for name, sharding in plan.parameters.items():

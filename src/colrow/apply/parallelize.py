@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
@@ -21,7 +22,7 @@ from colrow.replicas import check_equal_weights
 from colrow.state import ParallelState, attach_state, is_parallelized
 from colrow.trace import Example
 
-Shown: TypeAlias = "Plan | HandPlan | Example | Mapping[str, Any] | tuple[Any, ...]"
+Shown: TypeAlias = "Plan | HandPlan | Example | Mapping[str, Any] | tuple[Any, ...] | torch.Tensor"
 """How a model is to be cut, or calls of it from which that follows."""
 
 
@@ -52,8 +53,9 @@ def parallelize(
         mesh: from :func:`colrow.init_mesh`.
         example: one of
 
-            - the keywords of a call: ``{"input_ids": ids, "labels": ids}``, or its arguments, a tuple. The
-              model is recorded once in training and once in evaluation mode; batch and sequence may be small.
+            - the keywords of a call: ``{"input_ids": ids, "labels": ids}``, or its arguments, a tuple or one
+              tensor. The model is recorded once in training and once in evaluation mode; batch and sequence
+              may be small.
             - several calls by mode, each a :class:`colrow.trace.Example`, where the model is used in several
               ways: ``{"training": Example((), {...}), "evaluation": Example((), {...})}``.
             - a :class:`colrow.plan.Plan` for this number of ranks, or a :class:`colrow.plan.HandPlan`.
@@ -95,6 +97,7 @@ def parallelize(
         raise PlanError(
             "", f"the plan is for {plan.ranks} ranks, the mesh has {ranks.size}", "Make a new one."
         )
+    _check_same_plan(plan, ranks, mesh.device_type)
     layouts = check_plan(plan, model)  # all of it before anything is changed
     if check is not None:
         _try_on_all(model, plan, check, ranks, mesh.device_type)
@@ -103,6 +106,20 @@ def parallelize(
     refuse_own_save(model)
     attach_state(model, ParallelState(mesh, ranks, plan, layouts, undo))
     return model
+
+
+def _check_same_plan(plan: Plan, ranks: Communicator, device: str) -> None:
+    """All ranks must cut alike: from other plans they would wait for each other, or compute nonsense."""
+    digest = hashlib.sha256(repr(plan).encode()).digest()[:7]
+    own = torch.tensor([int.from_bytes(digest, "big")], dtype=torch.int64, device=device)
+    everyone = ranks.all_gather(own, 0, label="compare the ranks' plans").tolist()
+    if any(one != everyone[0] for one in everyone):
+        other = next(rank for rank, one in enumerate(everyone) if one != everyone[0])
+        raise PlanError(
+            "",
+            f"rank {other} has another plan than rank 0",
+            "Call colrow.parallelize with the same plan, example and options on all ranks.",
+        )
 
 
 def _try_on_all(
@@ -126,7 +143,7 @@ def _try_on_all(
         raise PlanError("", f"rank {everyone.index(1)} cannot run under this plan", "See its own error.")
 
 
-def examples_of(example: Example | Mapping[str, Any] | tuple[Any, ...]) -> dict[str, Example]:
+def examples_of(example: Example | Mapping[str, Any] | tuple[Any, ...] | torch.Tensor) -> dict[str, Example]:
     """Calls by mode, from what :func:`parallelize` takes."""
     if isinstance(example, Mapping):
         given = [isinstance(item, Example) for item in example.values()]
@@ -134,5 +151,5 @@ def examples_of(example: Example | Mapping[str, Any] | tuple[Any, ...]) -> dict[
             return dict(example)
         example = Example((), example)
     elif not isinstance(example, Example):
-        example = Example(tuple(example))
+        example = Example((example,) if isinstance(example, torch.Tensor) else tuple(example))
     return {"training": example, "evaluation": example}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
@@ -174,7 +173,7 @@ def changed(item: Any, path: Path, change: Change, lent: list[_Lent] | None = No
         return {
             key: changed(each, rest, change, lent) if key == first else each for key, each in item.items()
         }
-    if dataclasses.is_dataclass(item) and hasattr(item, str(first)):
+    if hasattr(item, str(first)) and not isinstance(item, tuple | list | Mapping | Tensor | nn.Module):
         return _with(item, first, changed(getattr(item, str(first)), rest, change, lent), lent)
     raise _other_form(item, path)
 

@@ -35,7 +35,7 @@ class GradientFlow:
             if any(value.index in wanting for value in operation.inputs):
                 made = (one for value in operation.outputs for one in _made(operation, value, sharing))
                 wanting.update(value.index for value in made if value.differentiable)
-        reached = {value.index for _, root in trace.runs for value in _differentiated(trace, root)}
+        reached = {value.index for _, root in trace.runs for value in _differentiated(root)}
         self._operations: set[int] = set()
         for operation in reversed(trace.operations):
             made = (one for value in operation.outputs for one in _made(operation, value, sharing))
@@ -58,19 +58,9 @@ def _made(operation: Operation, value: Value, sharing: Mapping[int, list[Value]]
     return sharing[value.storage] if value.differentiable and value in operation.inputs else [value]
 
 
-def _differentiated(trace: Trace, root: ModuleCall) -> list[Value]:
+def _differentiated(root: ModuleCall) -> list[Value]:
     """The outputs of a run from which its gradients come."""
     outputs = [(path, value) for path, value in root.outputs if value.differentiable]
-    if not outputs:
-        # the result is an object of the program's own: these are its attributes
-        outputs = [
-            (path, value)
-            for path, value in trace.outputs
-            if value.differentiable
-            and len(path) == 1
-            and value.producer is not None
-            and root.first <= value.producer.index < root.last
-        ]
     numbers = [(path, value) for path, value in outputs if prod(value.shape) == 1]
     losses = [value for path, value in numbers if path == ("loss",)] or [value for _, value in numbers[:1]]
     return losses or [value for _, value in outputs]

@@ -151,6 +151,7 @@ class _Lowering:
             own = self._model.get_submodule(module.path)
             if is_linear(own) and ModuleOutput(module.path) in exits:
                 continue  # the layer adds its bias after the reduction
+            self._check_read(parameter)
             found[OnceParameter(parameter.source.name, module.path)].append(module)
         for action, modules in found.items():
             if len({id(one) for one in modules}) != len(self._sites.calls_of_module(action.reader)):
@@ -234,13 +235,26 @@ class _Lowering:
             if value.source.kind != "parameter" or chosen is None or not value.differentiable:
                 continue
             if self._selection.sharding(value).layout.is_shared(chosen.cut):
+                self._check_read(value)
                 for use in value.uses:
                     if use.module is not None:
                         found[PartialParameter(value.source.name, use.module.path)] = None
         return list(found)
 
+    def _check_read(self, parameter: Value) -> None:
+        if parameter.index not in self._selection.trace.read:
+            raise self._selection.cannot(
+                f"{parameter.source.name} is not read as an attribute of its module, but from a list, by "
+                "named_parameters() or the like",
+                *parameter.uses[:1],
+            )
+
     def _check_reader(self, action: PartialParameter, summations: list[Summation]) -> None:
-        """Whether all that the module computes with the parameter gives partial gradients."""
+        """Whether all that the module computes with the parameter gives partial gradients.
+
+        It has to read the parameter as an attribute: that is where it gets the one whose gradient is summed.
+        """
+        self._check_read(summations[0].value)
         partial = {operation.index for one in summations for operation in one.operations}
         for module in self._sites.calls_of_module(action.reader):
             for use in summations[0].value.uses:

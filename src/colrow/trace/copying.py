@@ -116,6 +116,7 @@ class Copy:
             self._copy_written(written)
         for recomputed in trace.recomputed[first.recomputed : last.recomputed]:
             self._copy_recomputed(recomputed)
+        trace.read |= {new.index for old, new in self.values.items() if old in trace.read}
         kept = self.recorder.kept
         start, end = (bisect_right(kept, one.operations) for one in (first, last))
         kept += [position + self.shift for position in kept[start:end]]

@@ -56,7 +56,7 @@ def recorded_modules(recorder: Recorder, repeater: Repeater) -> Iterator[None]:
             # what a plan changes is changed where the forward ends, before any hooks
             record.outputs = [
                 (each, recorder.unhooked.get(value.index, value))
-                for each, value in recorder.values_by_path(result)
+                for each, value in recorder.values_by_path(result, inside_result=True)
             ]
         except BaseException:
             recorder.failed_in = recorder.failed_in or path
@@ -68,11 +68,21 @@ def recorded_modules(recorder: Recorder, repeater: Repeater) -> Iterator[None]:
             repeater.remember(module, record, (arguments, keywords), result, before)
         return result
 
-    nn.Module.__call__ = call  # type: ignore[method-assign]
+    lookup = nn.Module.__getattr__
+
+    def read(module: nn.Module, name: str) -> Any:
+        item = lookup(module, name)
+        if isinstance(item, nn.Parameter) and not recorder.paused and threading.get_ident() == thread:
+            value = recorder.table.find(item)
+            if value is not None:
+                recorder.trace.read.add(value.index)
+        return item
+
+    nn.Module.__call__, nn.Module.__getattr__ = call, read  # type: ignore[method-assign]
     try:
         yield
     finally:
-        nn.Module.__call__ = original  # type: ignore[method-assign]
+        nn.Module.__call__, nn.Module.__getattr__ = original, lookup  # type: ignore[method-assign]
 
 
 @contextmanager

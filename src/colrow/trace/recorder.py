@@ -113,9 +113,11 @@ class Recorder:
         """The same nesting with values in place of tensors."""
         return map_tensors(item, self.value_of)
 
-    def values_by_path(self, item: Any, *, inside_objects: bool = False) -> list[tuple[Path, Value]]:
-        """The values of the tensors in a nesting."""
-        found = tensors_by_path(item, inside_objects=inside_objects)
+    def values_by_path(
+        self, item: Any, *, inside_objects: bool = False, inside_result: bool = False
+    ) -> list[tuple[Path, Value]]:
+        """The values of the tensors in a nesting; see :func:`colrow.trace.tree.tensors_by_path`."""
+        found = tensors_by_path(item, inside_objects=inside_objects, inside_result=inside_result)
         return [(path, self.value_of(tensor)) for path, tensor in found]
 
     def warn(self, message: str) -> None:

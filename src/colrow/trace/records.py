@@ -284,6 +284,8 @@ class Trace:
         escapes: integers that were used as numbers.
         written: gradients that the program writes or reads itself.
         recomputed: functions that a backward pass runs again.
+        read: indices of the parameters that modules have read as attributes, as ``self.weight``; others are
+            read from lists, by ``named_parameters()`` and the like.
     """
 
     mode: str
@@ -299,6 +301,7 @@ class Trace:
     escapes: list[Escape] = field(default_factory=list)
     written: list[WrittenGradient] = field(default_factory=list)
     recomputed: list[Recomputation] = field(default_factory=list)
+    read: set[int] = field(default_factory=set)
 
     def __str__(self) -> str:
         from colrow.trace.show import render

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
-from types import FunctionType, MethodType, ModuleType
+from types import FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any, TypeAlias
 
 import torch
@@ -30,11 +31,14 @@ def tensors_of(item: Any) -> list[Tensor]:
     return found
 
 
-def tensors_by_path(item: Any, *, inside_objects: bool = False) -> list[tuple[Path, Tensor]]:
-    """The tensors in tuples, lists and mappings with their paths.
+def tensors_by_path(
+    item: Any, *, inside_objects: bool = False, inside_result: bool = False
+) -> list[tuple[Path, Tensor]]:
+    """The tensors in tuples, lists, mappings, dataclasses and simple namespaces with their paths.
 
     Args:
         inside_objects: also look at the attributes of other objects, such as a key-value cache.
+        inside_result: of ``item`` itself, if it is such an object, as the result of a model may be.
     """
     found: list[tuple[Path, Tensor]] = []
     entered: set[int] = set()
@@ -48,20 +52,41 @@ def tensors_by_path(item: Any, *, inside_objects: bool = False) -> list[tuple[Pa
         elif isinstance(item, Mapping):
             for key, each in item.items():
                 collect((*path, key if isinstance(key, int) else str(key)), each)
-        elif inside_objects and is_object(item) and id(item) not in entered:
+        elif (
+            is_record(item) or ((inside_objects or (inside_result and not path)) and is_object(item))
+        ) and id(item) not in entered:
             entered.add(id(item))
-            for key, each in list(vars(item).items()):
+            for key, each in attributes_of(item).items():
                 collect((*path, key), each)
 
     collect((), item)
     return found
 
 
+def is_record(item: Any) -> bool:
+    """Whether the item is there to hold named values: a dataclass, or a simple namespace."""
+    return isinstance(item, SimpleNamespace) or (
+        dataclasses.is_dataclass(item) and not isinstance(item, type | Mapping | nn.Module)
+    )
+
+
 def is_object(item: Any) -> bool:
     """Whether the item is an object with attributes of its own: no module, no function, no class."""
-    return hasattr(item, "__dict__") and not isinstance(
+    has_attributes = hasattr(item, "__dict__") or hasattr(type(item), "__slots__")
+    return has_attributes and not isinstance(
         item, nn.Module | Tensor | type | ModuleType | FunctionType | MethodType | torch.dtype | torch.device
     )
+
+
+def attributes_of(item: Any) -> dict[str, Any]:
+    """The attributes of an object by name, also where its class has slots for them."""
+    found = dict(getattr(item, "__dict__", {}))
+    for kind in type(item).__mro__:
+        slots = vars(kind).get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            if name not in ("__dict__", "__weakref__") and hasattr(item, name):
+                found[name] = getattr(item, name)
+    return found
 
 
 def map_tensors(item: Any, change: Callable[[Tensor], Any]) -> Any:

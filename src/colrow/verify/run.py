@@ -14,7 +14,7 @@ from torch.autograd.graph import _engine_run_backward
 from colrow.apply import ShardedLogits
 from colrow.collectives import CommStats, Communicator, Tally, comm_stats
 from colrow.trace import Example
-from colrow.trace.tree import is_object
+from colrow.trace.tree import attributes_of, is_object, is_record
 from colrow.verify.chance import WithoutChance, seed_everything
 from colrow.verify.exchange import Exchange, RanksRaised
 from colrow.verify.inputs import inputs_with_gradients, prepared
@@ -81,10 +81,12 @@ def outputs_of(result: Any, *, gather: bool) -> Outputs:
         elif isinstance(item, Mapping):
             for key, each in item.items():
                 collect((*path, str(key)), each, is_kept)
-        elif is_object(item) and id(item) not in seen:
+        elif (is_record(item) or is_object(item)) and id(item) not in seen:
             seen.add(id(item))
-            for key, each in list(vars(item).items()):
-                collect((*path, key), each, bool(path))  # the result itself is no cache
+            # what the model gives is no cache, nor is what is there to hold named values
+            within = is_kept or (bool(path) and not is_record(item))
+            for key, each in attributes_of(item).items():
+                collect((*path, key), each, within)
 
     collect((), result, False)
     numbers = [name for name, one in outputs.values.items() if one.numel() == 1 and one.requires_grad]

@@ -72,15 +72,28 @@ class _Pass:
                     if value.index not in found.cut and facts.has(value):
                         found.slices[value.index].append(operation)
                 found.cut.update(value.index for value in operation.outputs if facts.has(value))
-            elif cut:
+            else:
+                self._check_writes(operation)
                 for value in cut:
                     found.reads[value.index].append(operation)
-                if operation.call is not None:
+                if cut and operation.call is not None:
                     self._uncut.add(operation.call.index)
             for value in operation.outputs:
                 if value.index in sources and value.index not in noted.whole:
                     found.cut.add(value.index)
         return None if calls & self._uncut else found
+
+    def _check_writes(self, operation: Operation) -> None:
+        """What is written into by an operation that does not work on parts must be the whole itself.
+
+        A gathered copy would be written into, and nobody would read that.
+        """
+        values = self._facts.trace.values
+        written = {value.storage for value in operation.outputs if value in operation.inputs}
+        bad = [values[index] for index in self._found.cut if values[index].storage in written]
+        if bad:
+            self._noted.keep_whole(bad)
+            raise AgainError
 
     def _may_be_cut(self, operation: Operation, cut: list[Value]) -> bool:
         """Whether the operation may work on parts, those of ``cut`` and slices of all else."""
