@@ -169,7 +169,9 @@ def test_resuming_at_another_tp(ranks: Ranks, tmp_path: Path) -> None:
     assert len(_losses(resumed)) == 12
 
 
-@pytest.mark.parametrize(("data", "micro_batch_size"), [("ddp", 1), ("fsdp", None)])
+@pytest.mark.parametrize(
+    ("data", "micro_batch_size"), [pytest.param("ddp", 1, marks=pytest.mark.slow), ("fsdp", None)]
+)
 def test_replicas(ranks: Ranks, tmp_path: Path, data: str, micro_batch_size: int | None) -> None:
     """Two replicas, cut over two ranks each, are one process; they go on on other meshes, and from them."""
     whole = _run(ranks, small(tmp_path, run_dir=str(tmp_path / "whole"), checkpoint_every=4))
