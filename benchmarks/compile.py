@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from step import Round, Running, VariantError, check_losses, environment, run_round, summary
-from step_worker import SIZES, Measured, Variant
+from step import VariantError, check_losses, environment, in_rounds, started, summary
+from step_worker import SIZES, Variant
 
 COMPILED = ", compiled"
 
@@ -45,26 +44,9 @@ def measure(model: str, ranks: int, rounds: int, steps: int, warm: int, console:
         VariantError: if a process fails, or variants do not compute the same loss.
     """
     variants = variants_of(ranks)
-    running: list[Running] = []
-    found: dict[str, list[Round]] = {variant.name: [] for variant in variants}
-    last: dict[str, Measured] = {}
-    first_seconds: dict[str, float] = {}
-    try:
-        for variant in variants:
-            with console.status(f"{model}: starting {variant.name}"):
-                running.append(Running(variant, model))
-                begin = time.perf_counter()
-                running[-1].run(warm)
-                first_seconds[variant.name] = time.perf_counter() - begin
-        for number in range(rounds):
-            for index in range(len(running)):
-                one = running[(number + index) % len(running)]
-                with console.status(f"{model}: round {number + 1} of {rounds}: {one.variant.name}"):
-                    result, last[one.variant.name] = run_round(one, steps)
-                found[one.variant.name].append(result)
-    finally:
-        for one in running:
-            one.close()
+    with started(variants, model, warm, console) as running:
+        found, last = in_rounds(running, rounds, steps, console)
+        first_seconds = {one.variant.name: one.first_seconds for one in running}
     fault = check_losses(variants, found)
     if fault:
         raise VariantError(f"{model}: the variants do not compare: {fault}")

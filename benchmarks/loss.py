@@ -49,6 +49,7 @@ from colrow.layers.linear_functions import ColumnWeights, column_linear
 from colrow.layers.products import agreed_products
 from colrow.layout import Cut
 from colrow.plan import derive_plan
+from step_worker import become_rank
 
 ANSWER_SECONDS = 900.0
 TOLERANCE = 1e-4
@@ -266,14 +267,7 @@ def serve(case: Case, ranks: int, rank: int, port: int, connection: Connection) 
     """A process: answers each request, a method of :class:`Work` and its arguments."""
     try:
         torch.set_num_threads(1)
-        os.environ.update(
-            RANK=str(rank),
-            LOCAL_RANK=str(rank),
-            WORLD_SIZE=str(ranks),
-            LOCAL_WORLD_SIZE=str(ranks),
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(port),
-        )
+        become_rank(rank, ranks, port)
         work = (Model if case.layers else LastLayer)(case, ranks)
         while True:
             method, arguments = connection.recv()

@@ -36,10 +36,12 @@ from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
-from step import LOSS_TOLERANCE, Round, Running, VariantError, environment, ratio, run_round
+from step import LOSS_TOLERANCE, Round, VariantError, environment, in_rounds, ratio, started
 from step_worker import SIZES, Trainer, Variant, answer, build_model
 
 MEGABYTE = 1 << 20
+WARM = 2
+"""Steps before the first round."""
 
 
 @dataclass
@@ -144,25 +146,12 @@ def measure(
     variants: Sequence[Variant], model: str, shape: tuple[int, int], rounds: int, steps: int, console: Console
 ) -> dict[str, Outcome]:
     """All rounds of each variant, then its memory."""
-    running: list[Running] = []
-    found: dict[str, list[Round]] = {variant.name: [] for variant in variants}
     memories: dict[str, Memory] = {}
-    try:
-        for variant in variants:
-            with console.status(f"starting {variant.name}"):
-                running.append(Running(variant, model, serve, shape))
-                running[-1].run(2)
-        for number in range(rounds):
-            for index in range(len(running)):
-                one = running[(number + index) % len(running)]
-                with console.status(f"round {number + 1} of {rounds}: {one.variant.name}"):
-                    found[one.variant.name].append(run_round(one, steps)[0])
+    with started(variants, model, WARM, console, serve, shape) as running:
+        found, _ = in_rounds(running, rounds, steps, console)
         for one in running:
             of_ranks: list[Memory] = one.ask(0)
             memories[one.variant.name] = max(of_ranks, key=lambda memory: memory.peak)
-    finally:
-        for one in running:
-            one.close()
     return {name: Outcome(found[name], memories[name]) for name in found}
 
 

@@ -45,7 +45,7 @@ from torch import Tensor, nn
 import colrow
 from colrow.model import calls_for
 from step import busy_seconds
-from step_worker import SIZES, CollectiveClock, build_model
+from step_worker import SIZES, CollectiveClock, become_rank, build_model
 
 PARTS = ("forward", "backward", "optimizer")
 DISTURBED = 0.1
@@ -191,14 +191,7 @@ def measure_parts(models: dict[str, Turns], turns: int) -> dict[str, dict[str, l
 def serve(rank: int, port: int, options: argparse.Namespace, folder: str, connection: Connection) -> None:
     """One rank."""
     torch.set_num_threads(1)
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(options.tp),
-        LOCAL_WORLD_SIZE=str(options.tp),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
+    become_rank(rank, options.tp, port)
     clock = CollectiveClock()
     mesh = colrow.init_mesh(tp=options.tp, device="cpu")
     cut = build_model("tiny")

@@ -30,7 +30,8 @@ import socket
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -72,12 +73,17 @@ class VariantError(RuntimeError):
 
 
 class Running:
-    """The processes of one variant."""
+    """The processes of one variant.
+
+    Attributes:
+        first_seconds: duration of the steps before the first round.
+    """
 
     def __init__(
         self, variant: Variant, model_name: str, serve: Callable[..., None] = serve, *more: object
     ) -> None:
         self.variant = variant
+        self.first_seconds = 0.0
         context = multiprocessing.get_context("spawn")
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -161,27 +167,41 @@ def summarise(measured: Sequence[Measured], elsewhere: float | None) -> Round:
     )
 
 
-def measure(
-    variants: Sequence[Variant], model_name: str, rounds: int, steps: int, warm: int, console: Console
-) -> tuple[dict[str, list[Round]], dict[str, Measured]]:
-    """All rounds of each variant, and what rank 0 measured in the last one."""
+@contextmanager
+def started(
+    variants: Sequence[Variant], model_name: str, warm: int, console: Console, *serving: Any
+) -> Iterator[list[Running]]:
+    """The processes of all variants, each after ``warm`` steps; they end with the context.
+
+    Args:
+        serving: of :class:`Running`, what its processes run in place of :func:`step_worker.serve`.
+    """
     running: list[Running] = []
-    found: dict[str, list[Round]] = {variant.name: [] for variant in variants}
-    last: dict[str, Measured] = {}
     try:
         for variant in variants:
-            with console.status(f"starting {variant.name}"):
-                running.append(Running(variant, model_name))
+            with console.status(f"{model_name}: starting {variant.name}"):
+                running.append(Running(variant, model_name, *serving))
+                begin = time.perf_counter()
                 running[-1].run(warm)
-        for number in range(rounds):
-            for index in range(len(running)):
-                one = running[(number + index) % len(running)]
-                with console.status(f"round {number + 1} of {rounds}: {one.variant.name}"):
-                    result, last[one.variant.name] = run_round(one, steps)
-                found[one.variant.name].append(result)
+                running[-1].first_seconds = time.perf_counter() - begin
+        yield running
     finally:
         for one in running:
             one.close()
+
+
+def in_rounds(
+    running: Sequence[Running], rounds: int, steps: int, console: Console
+) -> tuple[dict[str, list[Round]], dict[str, Measured]]:
+    """All rounds of each variant, in rotating order, and what rank 0 measured in the last one."""
+    found: dict[str, list[Round]] = {one.variant.name: [] for one in running}
+    last: dict[str, Measured] = {}
+    for number in range(rounds):
+        for index in range(len(running)):
+            one = running[(number + index) % len(running)]
+            with console.status(f"round {number + 1} of {rounds}: {one.variant.name}"):
+                result, last[one.variant.name] = run_round(one, steps)
+            found[one.variant.name].append(result)
     return found, last
 
 
@@ -310,7 +330,8 @@ def main(arguments: list[str]) -> int:
     ]
     console = Console()
     try:
-        found, last = measure(variants, options.model, options.rounds, options.steps, options.warm, console)
+        with started(variants, options.model, options.warm, console) as running:
+            found, last = in_rounds(running, options.rounds, options.steps, console)
     except VariantError as error:
         print(error, file=sys.stderr)
         return 1

@@ -234,6 +234,18 @@ class Trainer:
         return Measured(seconds, cpu_seconds, cpu_total, loss.item(), peak_megabytes(), collectives, moved)
 
 
+def become_rank(rank: int, ranks: int, port: int) -> None:
+    """Say in the environment that this process is one of several on this host, as torchrun does."""
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(ranks),
+        LOCAL_WORLD_SIZE=str(ranks),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+
+
 def serve(variant: Variant, rank: int, port: int, model_name: str, connection: Connection) -> None:
     """A process of a variant: answers each number of steps with what it measured."""
     answer(variant, rank, port, connection, lambda: Trainer(variant, model_name), Trainer.run)
@@ -251,14 +263,7 @@ def answer(
     try:
         torch.set_num_threads(variant.threads)
         if variant.ranks:
-            os.environ.update(
-                RANK=str(rank),
-                LOCAL_RANK=str(rank),
-                WORLD_SIZE=str(variant.ranks),
-                LOCAL_WORLD_SIZE=str(variant.ranks),
-                MASTER_ADDR="127.0.0.1",
-                MASTER_PORT=str(port),
-            )
+            become_rank(rank, variant.ranks, port)
         trainer = start()
         connection.send(None)
         while True:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 
 import torch
@@ -31,6 +32,11 @@ def fingerprint(tensor: Tensor) -> Tensor:
         sums[0] += part.sum()
         sums[1] += (part * weights).sum()
     return sums
+
+
+def digest(text: str) -> int:
+    """56 bits that tell texts apart, the same in every process."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
 
 
 def _first_difference(tensors: Sequence[Tensor], ranks: Communicator, label: str) -> int | None:

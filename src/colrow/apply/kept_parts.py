@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from colrow.collectives.statistics import current_phase
 from colrow.layers.inputs import GatheredInput
 from colrow.layers.siblings import Linear, Siblings, siblings_of
 
@@ -104,4 +105,4 @@ class KeptParts:
 def _is_recomputed() -> bool:
     """Whether this is run again in a backward pass, or may be: then what autograd keeps is not kept long."""
     is_elsewhere = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-    return is_elsewhere or torch._C._current_graph_task_id() != -1
+    return is_elsewhere or current_phase() == "backward"

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Callable, MutableMapping, MutableSequence
-from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor
@@ -13,6 +11,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from colrow.apply.loss_tensor import LocalLogits
 from colrow.collectives import AllGather
+from colrow.trace.tree import attributes_of, is_record
 
 
 class ShardedLogits:
@@ -104,17 +103,14 @@ class _Walk:
                 if new is not item:
                     value[key] = new
             return value
-        if isinstance(value, SimpleNamespace):
-            self._inside(vars(value))
-            return value
         if isinstance(value, MutableSequence) and not isinstance(value, bytearray):
             for index, item in enumerate(value):
                 new = self.replaced(item)
                 if new is not item:
                     value[index] = new
             return value
-        if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            return self._dataclass(value)
+        if is_record(value):
+            return self._record(value)
         leaves, structure = tree_flatten(value)
         if len(leaves) == 1 and leaves[0] is value:
             return value
@@ -123,14 +119,14 @@ class _Walk:
             return value
         return tree_unflatten(new_leaves, structure)
 
-    def _dataclass(self, value: Any) -> Any:
-        changed = {}
-        for field in dataclasses.fields(value):
-            item = getattr(value, field.name, None)
-            new = self.replaced(item)
-            if new is not item:
-                changed[field.name] = new
-        if changed and value.__dataclass_params__.frozen:
+    def _record(self, value: Any) -> Any:
+        changed = {
+            name: new
+            for name, item in attributes_of(value).items()
+            if (new := self.replaced(item)) is not item
+        }
+        parameters = getattr(value, "__dataclass_params__", None)
+        if changed and parameters is not None and parameters.frozen:
             value = copy.copy(value)
         for name, new in changed.items():
             object.__setattr__(value, name, new)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from colrow.collectives import communicator
 from colrow.errors import RankFailure
 from colrow.mesh import root_mesh
+from colrow.replicas import digest
 from colrow.state import ParallelState
 
 _MESSAGE_BYTES = 1000
@@ -49,8 +49,7 @@ class Holders:
         Raises:
             ValueError: ``message``, on every holder.
         """
-        digest = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
-        if self.differing(torch.tensor([digest]), label).any():
+        if self.differing(torch.tensor([digest(text)]), label).any():
             raise ValueError(message)
 
     @contextmanager

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from colrow.collectives import AllGather, AllReduce, Communicator, Group, Slice, communicator
+from colrow.collectives.statistics import current_phase
 from colrow.errors import PlanError
 from colrow.layers.entry import LayerEntry
 from colrow.layers.linear_functions import (
@@ -205,7 +206,7 @@ class RowParallel(_ParallelLinear):
             )
             return total if bias is None else total + bias.to(total.dtype)
         operands = autocast(x, *self.operands)
-        if torch._C._current_graph_task_id() != -1:  # recomputed in a backward pass
+        if current_phase() == "backward":  # recomputed
             *factors, bias = operands
             partial = RowProduct.apply(*factors, self._out_first, self.products)
             total = AllReduce(self.communicator, label)(partial)

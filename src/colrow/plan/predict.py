@@ -74,7 +74,11 @@ class _Predictor:
         self._recomputed = Recomputed(selection.trace, self._flow)
         self._selection, self._states, self._borders = selection, states, borders
         self._reductions, self._parameters = reductions, parameters
-        self._summations = but_gathered(summations, sequences)
+        self._summations = but_gathered(summations, sequences) + [
+            Summation(value, operations, False)
+            for sequence in sequences
+            for value, operations in (*sequence.partial, *sequence.entered)
+        ]
         self._sequences = sequences
         self._scattered = {index for sequence in sequences for index in sequence.scattered}
         self._found: Counter[_Kind] = Counter()
@@ -141,8 +145,6 @@ class _Predictor:
                         self._add(value, "backward", "all-gather", f"again {sequence.name}", at, varies)
             for root, _, value, _ in sequence.returned:
                 self._add(value, "forward", "all-gather", f"gather {sequence.name}", root.first)
-            for value, operations in (*sequence.partial, *sequence.entered):
-                self._summations.append(Summation(value, operations, False))
 
     def _trains(self, layers: Iterable[str]) -> bool:
         """Whether the weight of one of the layers gets a gradient."""

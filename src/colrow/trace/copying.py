@@ -117,7 +117,7 @@ class Copy:
         for recomputed in trace.recomputed[first.recomputed : last.recomputed]:
             self._copy_recomputed(recomputed)
         trace.read |= {new.index for old, new in self.values.items() if old in trace.read}
-        kept = self.recorder.kept
+        kept = self.recorder.kept_after
         start, end = (bisect_right(kept, one.operations) for one in (first, last))
         kept += [position + self.shift for position in kept[start:end]]
         return Copied(map_leaves(self.template.result, self._result))

@@ -40,14 +40,14 @@ def _around(recorder: Recorder, call: Generator[None, None, None]) -> Generator[
     first = len(operations)
 
     def keep(tensor: Tensor) -> Tensor:
-        recorder.kept.append(len(operations))
+        recorder.kept_after.append(len(operations))
         return tensor
 
     next(call)
     if torch.is_grad_enabled():
         with saved_tensors_hooks(keep, lambda tensor: tensor):
             yield
-        repeated = max(first, recorder.kept[-1]) if recorder.kept else first
+        repeated = max(first, recorder.kept_after[-1]) if recorder.kept_after else first
         recorder.trace.recomputed.append(
             Recomputation(recorder.module, first, len(operations), repeated, False)
         )

@@ -38,7 +38,7 @@ class Recorder:
         gradients: which values carry one.
         returned: the module call that runs, once its forward is over and only its hooks are left.
         unhooked: what the forward of a module returned by the index of what hooks made of it.
-        kept: after how many operators something was kept for a backward pass, within checkpoints.
+        kept_after: after how many operators something was kept for a backward pass, within checkpoints.
         imagination: made-up content, where ``routing`` is to be guessed.
     """
 
@@ -56,7 +56,7 @@ class Recorder:
         self.unrecorded: dict[int, Callable[[], None]] = {}
         self.returned: ModuleCall | None = None
         self.unhooked: dict[int, Value] = {}
-        self.kept: list[int] = []
+        self.kept_after: list[int] = []
         self.occurrences: dict[tuple[int, int, int], int] = defaultdict(int)
 
     @contextmanager

@@ -12,6 +12,7 @@ import torch
 
 import colrow
 from colrow.checkpoint import save_pretrained
+from colrow.data_shards import held
 from colrow.state import placed_parameters
 from colrow.train.data import derived_seed
 from colrow.train.folder import write_atomically
@@ -89,7 +90,7 @@ def _holdings(run: Run) -> tuple[list[RankHolding], RankHolding]:
     local = whole = 0  # bytes of the parameters that are trained
     for placed in placed_parameters(run.model):
         if placed.parameter.requires_grad:
-            local += placed.parameter.numel() * placed.parameter.element_size()
+            local += held(placed.parameter).numel() * placed.parameter.element_size()
             whole += prod(placed.layout.shape) * placed.parameter.element_size()
     peak = peak_memory_bytes(run.device.type)
     own = [count.local, count.local_bytes, count.local_bytes + _TRAINING_COPIES * local, peak]
