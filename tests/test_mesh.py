@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,12 +16,13 @@ import torch.distributed as dist
 
 import colrow
 from colrow.collectives import communicator
+from colrow.mesh import coordinate, replicas, size_of
 from tests.collectives import crew
 from tests.pool import Pool
 
 
 @pytest.mark.parametrize("size", [0, -1, 2.0, "2", None, True])
-@pytest.mark.parametrize("name", ["tp", "dp"])
+@pytest.mark.parametrize("name", ["tp", "dp", "pp", "ep", "cp"])
 def test_sizes_that_are_no_number_of_ranks(name: str, size: Any) -> None:
     with pytest.raises(ValueError, match=f"{name} must be a whole number of ranks, at least 1, not"):
         colrow.init_mesh(**{name: size})
@@ -50,6 +52,22 @@ def test_another_number_of_ranks(monkeypatch: pytest.MonkeyPatch, world: str, ch
     with pytest.raises(ValueError, match=rf"dp=1 x tp=3 needs 3 ranks, but this job has {world}\. {choices}"):
         colrow.init_mesh(tp=3)
     assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("world", "choices"),
+    [
+        ("8", "What fits 8: pp=2 dp=4 tp=1, pp=2 dp=2 tp=2, pp=2 dp=1 tp=4."),
+        ("3", "What fits 3: dp=3 tp=1, dp=1 tp=3."),  # two stages do not divide three ranks
+    ],
+)
+def test_another_number_of_ranks_with_stages(
+    monkeypatch: pytest.MonkeyPatch, world: str, choices: str
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", world)
+    message = f"pp=2 x dp=1 x tp=3 needs 6 ranks, but this job has {world}. {choices}"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        colrow.init_mesh(tp=3, pp=2)
 
 
 @pytest.mark.parametrize("missing", ["WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"])
@@ -100,6 +118,53 @@ def test_layout_and_timeouts(
         assert groups == [tp_ranks, dp_ranks]
         assert timeouts == [17.0, 17.0]
         assert sums == [float(sum(tp_ranks)), float(sum(dp_ranks))]
+
+
+def _named() -> list[Any]:
+    mesh = colrow.init_mesh(tp=2, ep=2, pp=2, timeout=30)
+    groups = [mesh["pp"], mesh["ep"], replicas(mesh), mesh["tp"]]
+    for group in groups:
+        communicator(group).barrier()
+    assert (size_of(mesh, "pp"), size_of(mesh, "cp")) == (2, 1)
+    assert (coordinate(mesh, "ep"), coordinate(mesh, "cp")) == (dist.get_rank() // 2 % 2, 0)
+    rows = [list(communicator(group).global_ranks) for group in groups]
+    return [mesh.mesh_dim_names, rows, colrow.mesh_table(mesh)]
+
+
+def test_named_dimensions(ranks: Callable[[int], Pool]) -> None:
+    """Those of one rank are left out, dp and tp are not; experts' ranks have data of their own."""
+    ranks(1)
+    ends = crew.run(_named, size=8)
+    table = """\
+           tp=0  tp=1
+pp=0 ep=0     0     1
+pp=0 ep=1     2     3
+pp=1 ep=0     4     5
+pp=1 ep=1     6     7"""
+    for rank, end in enumerate(ends):
+        names, rows, shown = end.result
+        assert names == ["pp", "dp", "ep", "tp"]
+        first = rank // 4 * 4
+        expected = [[rank % 4, rank % 4 + 4], [first + rank % 2, first + rank % 2 + 2]]
+        assert rows == [*expected, expected[1], [rank // 2 * 2, rank // 2 * 2 + 1]]
+        assert shown == table
+
+
+def _several() -> tuple[list[int], int]:
+    mesh = colrow.init_mesh(dp=2, ep=2, timeout=30)
+    shared = replicas(mesh)
+    communicator(shared).barrier()
+    assert communicator(replicas(mesh)) is communicator(shared)
+    colrow.manual_seed(5, mesh)
+    return list(communicator(shared).global_ranks), int(torch.randint(1 << 60, ()))
+
+
+def test_replicas_along_several_dimensions(ranks: Callable[[int], Pool]) -> None:
+    """One group for their gradients, and random numbers of their own."""
+    ranks(1)
+    results = [end.result for end in crew.run(_several, size=4)]
+    assert [group for group, _ in results] == [[0, 1, 2, 3]] * 4
+    assert len({number for _, number in results}) == 4
 
 
 def _twice(rounds: int) -> list[float]:

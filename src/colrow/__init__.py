@@ -7,7 +7,7 @@ from colrow.collectives import comm_stats, reset_comm_stats
 from colrow.errors import PlanError, RankFailure
 from colrow.layers import cross_entropy
 from colrow.matmul import Grid, MatmulResult, matmul
-from colrow.mesh import init_mesh
+from colrow.mesh import init_mesh, mesh_table
 from colrow.parallel import data_parallel, no_gradient_sync, token_weight
 from colrow.parameters import ParameterCount, clip_grad_norm_, count_parameters, global_grad_norm
 from colrow.plan import HandPlan, Plan, derive_plan
@@ -39,6 +39,7 @@ __all__ = [
     "load_pretrained",
     "manual_seed",
     "matmul",
+    "mesh_table",
     "no_gradient_sync",
     "parallelize",
     "reset_comm_stats",

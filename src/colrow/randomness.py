@@ -14,7 +14,7 @@ import torch._dynamo
 from torch.distributed.device_mesh import DeviceMesh
 
 from colrow.collectives import Communicator
-from colrow.mesh import root_mesh
+from colrow.mesh import coordinate, root_mesh, size_of
 from colrow.traced_regions import TracedRegions
 from colrow.tracer import must_not_break, outside_of_graphs
 
@@ -33,14 +33,17 @@ def _mix(seed: int, position: int) -> int:
 
 
 def manual_seed(seed: int, mesh: DeviceMesh) -> None:
-    """Seed torch's generators: alike within a tensor-parallel group, different between ``dp`` replicas.
+    """Seed torch's generators: alike within a tensor-parallel group, different along all other dimensions.
 
-    The first replica gets ``seed`` itself, as ``torch.manual_seed(seed)`` would give it. Initialise the
-    replicas' weights under one seed before calling this with ``dp`` above 1.
+    The first of those groups gets ``seed`` itself, as ``torch.manual_seed(seed)`` would give it. Initialise
+    the weights under one seed before calling this.
     """
     mesh = root_mesh(mesh)
-    replica = mesh.get_local_rank("dp") if "dp" in (mesh.mesh_dim_names or ()) else 0
-    torch.manual_seed(seed if replica == 0 else _mix(seed, replica))
+    index = 0
+    for name in mesh.mesh_dim_names or ():
+        if name != "tp":
+            index = index * size_of(mesh, name) + coordinate(mesh, name)
+    torch.manual_seed(seed if index == 0 else _mix(seed, index))
 
 
 class RegionRandomness:

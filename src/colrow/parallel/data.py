@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from colrow.collectives import communicator
 from colrow.data_shards import let_go_of_gathered
+from colrow.mesh import replicas
 from colrow.replicas import check_equal_weights
 from colrow.state import parallel_module
 
@@ -43,17 +44,15 @@ def data_parallel(model: nn.Module, mesh: DeviceMesh, kind: Kind = "ddp") -> nn.
     """
     if kind not in get_args(Kind):
         raise ValueError(f"kind must be 'ddp' or 'fsdp', not {kind!r}")
-    if "dp" not in (mesh.mesh_dim_names or ()):
-        raise ValueError("the mesh has no dimension dp: make it with colrow.init_mesh(tp=..., dp=...)")
+    shared = replicas(mesh)
     module = parallel_module(model)
-    replicas = mesh["dp"]
-    check_equal_weights(module, communicator(replicas))
+    check_equal_weights(module, communicator(shared))
     if kind == "ddp":
         devices = [torch.cuda.current_device()] if mesh.device_type == "cuda" else None
-        return DistributedDataParallel(model, device_ids=devices, process_group=replicas.get_group())
+        return DistributedDataParallel(model, device_ids=devices, process_group=shared.get_group())
     for layer in _layers(module):
-        fully_shard(layer, mesh=replicas)
-    fully_shard(model, mesh=replicas)
+        fully_shard(layer, mesh=shared)
+    fully_shard(model, mesh=shared)
     model.register_forward_hook(_at_rest)
     return model
 

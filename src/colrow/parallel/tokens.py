@@ -6,6 +6,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from colrow.collectives import communicator
+from colrow.mesh import replicas
 
 
 def token_weight(mesh: DeviceMesh, tokens: int) -> float:
@@ -31,9 +32,9 @@ def token_weight(mesh: DeviceMesh, tokens: int) -> float:
     Raises:
         ValueError: if there are none; on all ranks.
     """
-    replicas = communicator(mesh["dp"])
+    everyone = communicator(replicas(mesh))
     total = torch.tensor([tokens], dtype=torch.int64, device=mesh.device_type)
-    count = int(replicas.all_reduce(total, label="tokens of all replicas").item())
+    count = int(everyone.all_reduce(total, label="tokens of all replicas").item())
     if count <= 0:
         raise ValueError("no replica has a token to predict in this step: all labels are ignored")
-    return replicas.size / count
+    return everyone.size / count
