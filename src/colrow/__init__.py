@@ -8,7 +8,7 @@ from colrow.errors import PlanError, RankFailure
 from colrow.layers import cross_entropy
 from colrow.matmul import Grid, MatmulResult, matmul
 from colrow.mesh import init_mesh, mesh_table
-from colrow.parallel import data_parallel, no_gradient_sync, token_weight
+from colrow.parallel import data_parallel, no_gradient_sync, token_weight, zero_redundancy_optimizer
 from colrow.parameters import ParameterCount, clip_grad_norm_, count_parameters, global_grad_norm
 from colrow.plan import HandPlan, Plan, derive_plan
 from colrow.randomness import manual_seed
@@ -51,4 +51,5 @@ __all__ = [
     "unshard",
     "verify",
     "verify_on_ranks",
+    "zero_redundancy_optimizer",
 ]

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import colrow
@@ -91,6 +92,13 @@ def _adam(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=1e-3)
 
 
+def _optimizer(model: nn.Module, mesh: DeviceMesh, kind: str) -> torch.optim.Optimizer:
+    if kind == "zero1":
+        groups = [{"params": [one], "lr": 1e-3} for one in model.parameters()]
+        return colrow.zero_redundancy_optimizer(groups, torch.optim.AdamW, mesh)
+    return _adam(model)
+
+
 def _cut(kind: Kind) -> tuple[nn.Module, DeviceMesh]:
     mesh = worker_mesh(tp=2, dp=REPLICAS)
     ids = torch.randint(VOCABULARY, (2, LENGTH))
@@ -98,11 +106,11 @@ def _cut(kind: Kind) -> tuple[nn.Module, DeviceMesh]:
     return colrow.data_parallel(model, mesh, kind), mesh
 
 
-def _equal(kind: Kind, folder: Path) -> None:
+def _equal(kind: str, folder: Path) -> None:
     whole = _llama()
     reference = _adam(whole)
-    model, mesh = _cut(kind)
-    optimizer = _adam(model)
+    model, mesh = _cut("fsdp" if kind == "fsdp" else "ddp")
+    optimizer = _optimizer(model, mesh, kind)
     parameters = colrow.count_parameters(model)
     assert parameters.total == sum(one.numel() for one in whole.parameters())
     if kind == "fsdp":
@@ -113,6 +121,9 @@ def _equal(kind: Kind, folder: Path) -> None:
     for one, other in zip(found, expected, strict=True):
         assert math.isclose(one, other, rel_tol=1e-9)
     colrow.check_replicas(model)
+    if isinstance(optimizer, ZeroRedundancyOptimizer):
+        own = sum(one["exp_avg"].numel() for one in optimizer.optim.state.values())
+        assert own < 0.7 * parameters.local
     model(input_ids=_batch(0)[0][0, 0])  # leaves what FSDP has gathered for it
     colrow.save_pretrained(model, folder)
     colrow.save_optimizer(model, optimizer, folder / "optimizer")
@@ -126,9 +137,9 @@ def _equal(kind: Kind, folder: Path) -> None:
             colrow.unshard(model)
 
     # another model goes on from what was saved
-    model, mesh = _cut(kind)
+    model, mesh = _cut("fsdp" if kind == "fsdp" else "ddp")
     load_weights(model, folder)
-    optimizer = _adam(model)
+    optimizer = _optimizer(model, mesh, kind)
     colrow.load_optimizer(model, optimizer, folder / "optimizer")
     expected = _train_whole(whole, range(2, 3), reference)
     found = _train(model, mesh, range(2, 3), optimizer)
@@ -139,8 +150,8 @@ def _equal(kind: Kind, folder: Path) -> None:
         assert largest_error(saved.get_parameter(name).detach(), parameter.detach()) < 1e-9, name
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_equal_to_one_device(ranks: Callable[[int], Pool], kind: Kind, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["ddp", "fsdp", "zero1"])
+def test_equal_to_one_device(ranks: Callable[[int], Pool], kind: str, tmp_path: Path) -> None:
     ranks(4).run(_equal, kind, tmp_path)
 
 
@@ -194,6 +205,10 @@ def _wrong_calls() -> None:
         colrow.data_parallel(nn.Linear(2, 2), mesh, "zero")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="no dimension dp"):
         colrow.data_parallel(nn.Linear(2, 2), mesh["tp"])
+    model = colrow.parallelize(nn.Linear(2, 2), mesh, (torch.rand(4, 2),))
+    sharded = colrow.data_parallel(model, mesh, "fsdp")
+    with pytest.raises(ValueError, match="FSDP has divided these parameters"):
+        colrow.zero_redundancy_optimizer(sharded.parameters(), torch.optim.SGD, mesh, lr=0.1)
 
 
 def test_wrong_calls(ranks: Callable[[int], Pool]) -> None:

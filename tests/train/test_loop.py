@@ -170,7 +170,7 @@ def test_resuming_at_another_tp(ranks: Ranks, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("data", "micro_batch_size"), [pytest.param("ddp", 1, marks=pytest.mark.slow), ("fsdp", None)]
+    ("data", "micro_batch_size"), [pytest.param("zero1", 1, marks=pytest.mark.slow), ("fsdp", None)]
 )
 def test_replicas(ranks: Ranks, tmp_path: Path, data: str, micro_batch_size: int | None) -> None:
     """Two replicas, cut over two ranks each, are one process; they go on on other meshes, and from them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from colrow.checkpoint.holders import Holders
+from colrow.checkpoint.optimizer_state import OptimizerState, Source
 from colrow.checkpoint.reader import SafetensorsFolder
 from colrow.checkpoint.shards import Saved, write_global
 from colrow.data_shards import cut_like, let_go_of_gathered
@@ -27,6 +29,7 @@ class _Entry(NamedTuple):
     placed: PlacedParameter
     key: str
     value: Tensor
+    source: Source | None
 
     @property
     def name(self) -> str:
@@ -54,16 +57,27 @@ def save_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, folder: s
     let_go_of_gathered(parallel_module(model))
     holders = Holders(state)
     label = f"save {folder}"
+    placed = list(placed_parameters(model))
+    kept = OptimizerState(optimizer)
+    values = kept.of([one.parameter for one in placed])
     with holders.together(label):
         groups = _describe_groups(model, optimizer)
-        entries = _entries(model, optimizer)
+        entries = [
+            entry
+            for one, own in zip(placed, values, strict=True)
+            for entry in _entries(one, own, kept.source(one.parameter))
+        ]
     holders.require_same(
         "\n".join([groups, *(entry.name for entry in entries)]),
         "the optimizers of the ranks have different options, or state of different parameters",
         label,
     )
     layouts = _layouts(entries, holders, label)
-    saved = [Saved(entry.name, entry.value, layout) for entry, layout in zip(entries, layouts, strict=True)]
+    saved = [
+        # numbers are everywhere
+        Saved(entry.name, entry.value, layout, entry.source if entry.value.dim() else None)
+        for entry, layout in zip(entries, layouts, strict=True)
+    ]
     write_global(Path(folder), _STEM, saved, state, metadata={_GROUPS: groups})
 
 
@@ -102,14 +116,13 @@ def _parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list
     return result
 
 
-def _entries(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[_Entry]:
-    entries = []
-    for placed in placed_parameters(model):
-        for key, value in optimizer.state.get(placed.parameter, {}).items():
-            if not isinstance(value, Tensor):
-                raise ValueError(f"the optimizer's {key!r} of {placed.name} is no tensor: it cannot be saved")
-            entries.append(_Entry(placed, key, value))
-    return entries
+def _entries(
+    placed: PlacedParameter, values: Mapping[str, object], source: Source | None
+) -> Iterator[_Entry]:
+    for key, value in values.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"the optimizer's {key!r} of {placed.name} is no tensor: it cannot be saved")
+        yield _Entry(placed, key, value, source)
 
 
 def _layouts(entries: list[_Entry], holders: Holders, label: str) -> list[TensorLayout]:
@@ -193,10 +206,9 @@ def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, folder: s
         for key, option in saved.items():
             if key != _NAMES:
                 group[key] = _like(group.get(key), option)
+    kept = OptimizerState(optimizer)
     for trained, values in loaded:
-        optimizer.state.pop(trained, None)
-        if values:
-            optimizer.state[trained] = values
+        kept.put(trained, values)
 
 
 def _check_groups(saved: list[dict[str, Any]], names: list[list[str]]) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from colrow.checkpoint.holders import Holders
+from colrow.checkpoint.optimizer_state import Source
 from colrow.checkpoint.replacement import Replacement
 from colrow.checkpoint.writer import SafetensorsWriter, TensorSpec
 from colrow.collectives import Communicator
@@ -28,15 +29,27 @@ BYTES_PER_FILE = 5 * 1024**3
 
 @dataclass(frozen=True)
 class Saved:
-    """A tensor to save: its name in the file, this rank's part, and where that lies in the whole."""
+    """A tensor to save.
+
+    Attributes:
+        name: in the file.
+        local: this rank's part of it.
+        layout: where that lies in the whole.
+        source: which replica has it, if not all of them do; ``local`` is on meta elsewhere.
+    """
 
     name: str
     local: Tensor
     layout: TensorLayout
+    source: Source | None = None
 
     @property
     def spec(self) -> TensorSpec:
         return TensorSpec(self.name, self.local.dtype, self.layout.shape)
+
+    def read(self) -> Tensor:
+        """This tensor-parallel rank's part, which replicas may have to send: all of them call this."""
+        return self.source.read(self.local) if self.source else joined(self.local.detach())
 
 
 def split_files(specs: Sequence[TensorSpec], limit: int) -> list[list[TensorSpec]]:
@@ -108,7 +121,7 @@ def write_global(
                 error = _write_file(path, specs, by_name, ranks, strings)
             else:
                 for spec in specs:
-                    joined(by_name[spec.name].local)  # the first replica may need this one's part
+                    by_name[spec.name].read()  # the first replica may need this one's part
             holders.agree(error, label)
         with holders.together(label):
             if replacement is not None:
@@ -160,7 +173,7 @@ def _write_file(
 
 def _gather(one: Saved, ranks: Communicator) -> list[Tensor]:
     """The shards of all ranks on the first one, on the CPU; as bytes, which any transport can move."""
-    local = joined(one.local.detach())
+    local = one.read()
     if not one.layout.is_sharded:
         return [local.cpu()] if ranks.rank == 0 else []
     shapes = [one.layout.local_shape(rank) for rank in range(ranks.size)]

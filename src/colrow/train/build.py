@@ -63,8 +63,9 @@ def build(
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
     if configuration.mesh.dp > 1:
-        model = colrow.data_parallel(model, mesh, configuration.mesh.data)
-    optimizer = build_optimizer(model, configuration.optimizer)
+        model = colrow.data_parallel(model, mesh, "fsdp" if configuration.mesh.data == "fsdp" else "ddp")
+    divided = mesh if configuration.mesh.data == "zero1" else None
+    optimizer = build_optimizer(model, configuration.optimizer, divided)
     if checkpoint is not None:
         load_optimizer(model, optimizer, checkpoint / "optimizer")
     return model, optimizer

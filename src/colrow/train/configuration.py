@@ -102,12 +102,13 @@ class MeshConfiguration:
     Attributes:
         tp: number of ranks that share the model.
         dp: number of replicas of the model, each of which takes its part of every batch.
-        data: what replicas share: ddp, only gradients; fsdp, also parameters, gradients and optimizer state.
+        data: what replicas divide among them: ddp, nothing; zero1, the optimizer's state; fsdp, parameters
+            and gradients too.
     """
 
     tp: int = 1
     dp: int = 1
-    data: Literal["ddp", "fsdp"] = "ddp"
+    data: Literal["ddp", "zero1", "fsdp"] = "ddp"
 
     @property
     def ranks(self) -> int:

@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
+import colrow
 from colrow.train.configuration import OptimizerConfiguration
 
 
@@ -33,12 +35,17 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     return [group for group in groups if group["params"]]
 
 
-def build_optimizer(model: nn.Module, configuration: OptimizerConfiguration) -> torch.optim.AdamW:
-    """AdamW, in its fused form: one pass over each parameter."""
-    return torch.optim.AdamW(
-        parameter_groups(model, configuration.weight_decay),
-        lr=configuration.learning_rate,
-        betas=configuration.betas,
-        eps=configuration.eps,
-        fused=True,
-    )
+def build_optimizer(
+    model: nn.Module, configuration: OptimizerConfiguration, mesh: DeviceMesh | None = None
+) -> torch.optim.Optimizer:
+    """AdamW, in its fused form: one pass over each parameter. Replicas of ``mesh`` divide its state."""
+    groups = parameter_groups(model, configuration.weight_decay)
+    options: dict[str, Any] = {
+        "lr": configuration.learning_rate,
+        "betas": configuration.betas,
+        "eps": configuration.eps,
+        "fused": True,
+    }
+    if mesh is not None:
+        return colrow.zero_redundancy_optimizer(groups, torch.optim.AdamW, mesh, **options)
+    return torch.optim.AdamW(groups, **options)
