@@ -50,7 +50,7 @@ def test_different(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([BRICKS, "--tp", "0"], "--tp must be a number of ranks"),
+        ([BRICKS, "--tp", "0"], "--tp must be a number"),
         ([BRICKS, "--tp", "2", "--set", "rows"], "--set needs NAME=VALUE"),
         ([BRICKS, "--tp", "2", "--set", "columns=3"], "cannot be called with these settings"),
         ([BRICKS, "--tp", "2", "--shrink"], "can be shrunk"),

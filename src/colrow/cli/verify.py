@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 PRECISIONS = ("float64", "float32")
+DATA = ("ddp", "zero1", "fsdp")
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class SpecifiedModel:
 
 
 def run(arguments: list[str]) -> int:
-    """Run the command: starts ``--tp`` processes on this host.
+    """Run the command: starts ``--tp`` x ``--dp`` processes on this host.
 
     Returns:
         0 if the models are equal; 1 if they differ.
@@ -43,8 +44,9 @@ def run(arguments: list[str]) -> int:
         LaunchError: if a rank failed, or no plan can be made.
     """
     options = _parser().parse_args(arguments)
-    if options.tp < 1:
-        raise ValueError(f"--tp must be a number of ranks, at least 1, not {options.tp}")
+    for name in ("tp", "dp"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name} must be a number, at least 1, not {getattr(options, name)}")
     settings = dict(_setting(text) for text in options.set)
     is_function = not options.model.startswith("transformers:") and not Path(options.model).is_dir()
     # of a function's model nothing is known that could be made smaller
@@ -63,15 +65,16 @@ def run(arguments: list[str]) -> int:
     count = sum(parameter.numel() for parameter in loaded.model.parameters())
     print(
         f"{loaded.name}{', made small' if shrink else ''}: {count:,} parameters, "
-        f"{' and '.join(loaded.examples)}; starting {options.tp} ranks",
+        f"{' and '.join(loaded.examples)}; starting {options.tp * options.dp} ranks",
         file=sys.stderr,
         flush=True,
     )
     report = verify(
         SpecifiedModel(options.model, settings) if is_function else loaded.model,
         loaded.examples,
-        options.tp,
+        {"tp": options.tp, "dp": options.dp},
         Plan.load(options.plan) if options.plan is not None else None,
+        data=options.data,
         steps=options.steps,
         dtype=getattr(torch, options.dtype),
         sequence=SEQUENCE[options.sequence],
@@ -97,6 +100,8 @@ def _parser() -> argparse.ArgumentParser:
         "config.json, or package.module:function, which returns a model or (model, keywords of a call)",
     )
     add("--tp", type=int, required=True, metavar="N", help="ranks to cut the model over")
+    add("--dp", type=int, default=1, metavar="N", help="replicas, each with its own data (default: 1)")
+    add("--data", choices=DATA, default="ddp", help="how replicas train together (default: ddp)")
     add("--steps", type=int, default=3, metavar="N", help="of the optimizer (default: 3)")
     add("--dtype", choices=PRECISIONS, default="float64", help="precision (default: float64)")
     add(

@@ -12,12 +12,13 @@ from types import ModuleType
 from typing import Literal, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from colrow.apply import parallelize
 from colrow.axes import Registry
-from colrow.collectives import communicator
+from colrow.collectives import Communicator, communicator
 from colrow.launch import launch
 from colrow.launch.environment import under_launcher
 from colrow.mesh import init_mesh
@@ -29,8 +30,9 @@ from colrow.verify.exchange import Exchange, RanksRaised
 from colrow.verify.inputs import Examples, examples_by_mode, prepared
 from colrow.verify.measure import TOLERANCES
 from colrow.verify.models import build_pair
+from colrow.verify.on_mesh import Data, MeshTraining
 from colrow.verify.precision import one_precision
-from colrow.verify.report import Check, Report
+from colrow.verify.report import Check, Difference, Report
 from colrow.verify.run import Runner
 from colrow.verify.stages import compare_everything
 from colrow.verify.verification import Verification
@@ -45,9 +47,10 @@ MAIN = "__main__"
 def verify(
     model: nn.Module | Callable[[], nn.Module],
     examples: Examples,
-    ranks: int = 2,
+    ranks: int | Mapping[str, int] = 2,
     plan: Plan | HandPlan | None = None,
     *,
+    data: Data = "ddp",
     steps: int = 3,
     dtype: torch.dtype = torch.float64,
     share: Sequence[float] | None = None,
@@ -56,7 +59,7 @@ def verify(
     seed: int = 0,
     timeout: float = 600.0,
 ) -> Report:
-    """Prove that a model cut over ``ranks`` processes is equal to the model on one device.
+    """Prove that a model cut over several processes is equal to the model on one device.
 
     Starts the processes, on this host's CPUs. Each builds the model twice, parallelizes one, and compares:
     outputs, loss and every gradient, in each mode that the examples show and at another batch and sequence
@@ -64,14 +67,20 @@ def verify(
     with those that the plan predicts. Dropout is off. Where the models differ, the first module and call in
     which they part is found.
 
+    On a mesh of more dimensions than ``tp`` its training is compared: each replica has a batch of its own,
+    one device has all of them. Losses, every gradient, the norm that clips them and parameters are compared
+    in each step, and replicated tensors after the last.
+
     Args:
         model: a module, which is copied to the processes, or a function that makes it; both must be
             picklable. A function may be of the main program, if that has an ``if __name__ == "__main__"``.
         examples: keywords of the model's forward, or :class:`colrow.trace.Example` by mode. The mode
             ``training`` runs the model in training mode, any other in evaluation; of keywords alone the mode
             is the one that the model is in.
-        ranks: number of tensor-parallel ranks.
+        ranks: number of tensor-parallel ranks, or the sizes of a mesh: ``{"dp": 2, "tp": 2}``, as
+            :func:`colrow.init_mesh` takes them.
         plan: what to verify; default: the derived plan.
+        data: how replicas train together: ``"ddp"``, ``"zero1"`` or ``"fsdp"``.
         steps: of the optimizer; 0 for none.
         dtype: float64, or float32 with a wider tolerance.
         share: relative size of each rank's part; default: balanced.
@@ -96,8 +105,10 @@ def verify(
             "this process is one of several ranks, and cannot start others: call "
             'colrow.verify.verify_on_ranks with their mesh, or put this call under if __name__ == "__main__"'
         )
+    sizes = {"tp": ranks} if isinstance(ranks, int) else dict(ranks)
     options = {
         "plan": plan,
+        "data": data,
         "steps": steps,
         "dtype": dtype,
         "share": share,
@@ -115,15 +126,15 @@ def verify(
     main = getattr(sys.modules[MAIN], "__file__", None) if MAIN.encode() in work else None
     report: Report = launch(
         f"{__name__}:_on_launched_rank",
-        {"work": work, "main": main, "ranks": ranks},
-        ranks,
+        {"work": work, "main": main, "sizes": sizes},
+        prod(sizes.values()),
         threads_per_rank=1,
         timeout=timeout,
     )
     return report
 
 
-def _on_launched_rank(work: bytes, main: str | None, ranks: int) -> Report:
+def _on_launched_rank(work: bytes, main: str | None, sizes: dict[str, int]) -> Report:
     if main is not None:
         # what the main program has defined is found where pickle looks for it
         program = ModuleType("__mp_main__")
@@ -132,7 +143,7 @@ def _on_launched_rank(work: bytes, main: str | None, ranks: int) -> Report:
     model, examples, options = pickle.loads(work)
     if options["registry"] is not None:
         options["registry"] = options["registry"]()
-    mesh = init_mesh(tp=ranks, device="cpu", timeout=COLLECTIVE_SECONDS)
+    mesh = init_mesh(**sizes, device="cpu", timeout=COLLECTIVE_SECONDS)
     return verify_on_ranks(model, examples, mesh, **options)
 
 
@@ -142,6 +153,7 @@ def verify_on_ranks(
     mesh: DeviceMesh,
     plan: Plan | HandPlan | None = None,
     *,
+    data: Data = "ddp",
     steps: int = 3,
     dtype: torch.dtype = torch.float64,
     share: Sequence[float] | None = None,
@@ -156,7 +168,7 @@ def verify_on_ranks(
 
     Args:
         examples: those of the first rank are used on all.
-        mesh: of CPUs; its ``tp`` ranks are used.
+        mesh: of CPUs; all ranks of the job, or one dimension of them, which is ``tp`` then.
         registry: the rules themselves, as :func:`colrow.parallelize` takes them.
 
     Returns:
@@ -172,7 +184,8 @@ def verify_on_ranks(
         raise ValueError("models are compared on CPUs: make the mesh with colrow.init_mesh(device='cpu')")
     begin = time.perf_counter()
     ranks = communicator(mesh)
-    with Exchange(ranks) as exchange:
+    has_more = mesh.size() > ranks.size
+    with Exchange(_everyone() if has_more else ranks) as exchange:
         original, cut = build_pair(model, dtype, seed)
         # ranks that make random inputs make different ones
         given = exchange.gather(examples_by_mode(original, examples))[0]
@@ -186,23 +199,63 @@ def verify_on_ranks(
         plan_seconds = time.perf_counter() - started
         alike = all(other == the_plan for other in exchange.gather(the_plan))
         _all_or_none(exchange, cut, lambda: parallelize(cut, mesh, the_plan))
-        verification = Verification(original, cut, Runner(exchange, ranks, dtype, seed), TOLERANCES[dtype])
-        verification.checks.append(
-            Check("plan", "plan", "equal on all ranks", 0.0 if alike else float("inf"), 0.0)
-        )
-        compare_everything(verification, modes, steps, with_bytes=plan is None)
+        same_plan = Check("plan", "plan", "equal on all ranks", 0.0 if alike else float("inf"), 0.0)
+        share_cut = _share_cut(cut)
+        notes: list[str] = []
+        difference: Difference | None = None
+        if has_more:
+            training = MeshTraining(
+                original,
+                cut,
+                mesh,
+                _training_example(modes),
+                data=data,
+                exchange=exchange,
+                dtype=dtype,
+                tolerance=TOLERANCES[dtype],
+                seed=seed,
+            )
+            training.compare(steps)
+            checks = training.checks
+        else:
+            runner = Runner(exchange, ranks, dtype, seed)
+            verification = Verification(original, cut, runner, TOLERANCES[dtype])
+            compare_everything(verification, modes, steps, with_bytes=plan is None)
+            checks, notes, difference = verification.checks, verification.notes, verification.difference
         times = exchange.gather((plan_seconds, time.perf_counter() - begin))[0]
     return Report(
         type(original).__name__,
-        ranks.size,
+        exchange.size,
         str(dtype).removeprefix("torch."),
         the_plan,
-        _share_cut(cut),
-        tuple(verification.checks),
-        tuple(verification.notes),
-        verification.difference,
+        share_cut,
+        (same_plan, *checks),
+        tuple(notes),
+        difference,
         *times,
+        _describe(mesh, data) if has_more else "",
     )
+
+
+def _everyone() -> Communicator:
+    everyone = dist.group.WORLD
+    assert everyone is not None  # there is a mesh
+    return communicator(everyone)
+
+
+def _describe(mesh: DeviceMesh, data: str) -> str:
+    kinds = {"dp": f" ({data})"}
+    sizes = {name: mesh[name].size() for name in mesh.mesh_dim_names or ()}
+    return " x ".join(f"{name}={size}{kinds.get(name, '')}" for name, size in sizes.items() if size > 1)
+
+
+def _training_example(modes: Mapping[str, Example]) -> Example:
+    if "training" not in modes:
+        raise ValueError(
+            "on a mesh with more than tp training is compared: give an example of it, with labels, as "
+            '{"training": colrow.trace.Example(keywords=...)}, or a model in training mode'
+        )
+    return modes["training"]
 
 
 def _check(

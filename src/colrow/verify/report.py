@@ -109,7 +109,7 @@ class Report:
 
     Attributes:
         model: name of the model's class.
-        ranks: number of tensor-parallel ranks.
+        ranks: number of ranks.
         dtype: precision of the comparison.
         plan: what was applied.
         share_cut: part of the parameters' elements that lies in parameters that are cut, 0 to 1.
@@ -118,6 +118,7 @@ class Report:
         difference: where the models first part, if they do and it was found.
         plan_seconds: time it took to derive the plan.
         seconds: time of everything, without starting the ranks.
+        mesh: sizes of its dimensions, where there are more than ``tp``.
     """
 
     model: str
@@ -130,6 +131,7 @@ class Report:
     difference: Difference | None
     plan_seconds: float
     seconds: float
+    mesh: str = ""
 
     @property
     def failed(self) -> tuple[Check, ...]:
@@ -161,6 +163,7 @@ class Report:
         return {
             "model": self.model,
             "ranks": self.ranks,
+            "mesh": self.mesh,
             "dtype": self.dtype,
             "exact": self.exact,
             "passed": self.passed,
@@ -173,8 +176,9 @@ class Report:
         }
 
     def __str__(self) -> str:
+        ranks = f"{self.ranks} ranks ({self.mesh})" if self.mesh else f"{self.ranks} ranks"
         lines = [
-            f"{self.model} over {self.ranks} ranks in {self.dtype}: {self.share_cut:.1%} of the parameters "
+            f"{self.model} over {ranks} in {self.dtype}: {self.share_cut:.1%} of the parameters "
             f"cut ({self.seconds:.1f} s, of which the plan took {self.plan_seconds:.1f} s)",
             "",
             *_table(self.checks),
