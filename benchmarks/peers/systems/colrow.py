@@ -6,13 +6,15 @@ import os
 from pathlib import Path
 
 from torch import Tensor, nn
+from transformers import LlamaForCausalLM
 
 import colrow
+from colrow.checkpoint.pretrained import load_weights
 
 from ..shapes import Case
 from .counting import Moved
-from .models import plain_model
-from .trainer import Trainer, batch
+from .models import is_gpt, llama_configuration, plain_model
+from .trainer import Trainer, batch, dtype_of, folder_of_model
 
 
 class ColrowTrainer(Trainer):
@@ -26,11 +28,20 @@ class ColrowTrainer(Trainer):
 
 
 def parallelized(case: Case, folder: Path, *, sequence: bool = False) -> nn.Module:
-    """The model, cut over the ranks; with ``sequence`` along the sequence too, between regions."""
+    """The model, cut over the ranks; with ``sequence`` along the sequence too, between regions.
+
+    Each rank reads its own parts of a model in Hugging Face layout, as transformers' ``tp_plan`` does.
+    """
     mesh = colrow.init_mesh(tp=case.ranks, device="cpu")
-    model = plain_model(case, folder).train()
     tokens = batch(case, 0)
-    return colrow.parallelize(model, mesh, {"input_ids": tokens, "labels": tokens}, sequence=sequence)
+    calls = {"input_ids": tokens, "labels": tokens}
+    if is_gpt(case):
+        return colrow.parallelize(plain_model(case, folder).train(), mesh, calls, sequence=sequence)
+    with colrow.checkpoint.parameters_on_meta():
+        model = nn.Module.to(LlamaForCausalLM(llama_configuration(case.shape)).train(), dtype_of(case))
+    colrow.parallelize(model, mesh, calls, sequence=sequence)
+    load_weights(model, folder_of_model(folder, case))
+    return model
 
 
 def settings() -> list[str]:
