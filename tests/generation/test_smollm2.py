@@ -64,9 +64,7 @@ def _gradients(size: int, folder: Path) -> dict[str, Any]:
     return {"loss": abs(loss.item() - expected.item()), "worst": max(errors.values()), "count": len(errors)}
 
 
-@pytest.mark.parametrize(
-    "size", [2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("size", [pytest.param(size, marks=pytest.mark.slow) for size in (2, 3, 4)])
 def test_all_gradients_of_a_training_step(ranks: Callable[[int], Pool], folder: Path, size: int) -> None:
     result = ranks(size).run(_gradients, size, folder, timeout=500.0)[0]
     assert result["loss"] < 1e-9

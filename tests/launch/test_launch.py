@@ -123,8 +123,8 @@ sys.exit(_guard(lambda: launch("tests.launch.jobs:wait_with_child", arguments, 2
     ("number", "code", "stubborn", "closed"),
     [
         (signal.SIGINT, 130, 1, ["0.closed"]),
-        (signal.SIGTERM, 143, -1, ["0.closed", "1.closed"]),
-        (signal.SIGKILL, -signal.SIGKILL, -1, []),
+        pytest.param(signal.SIGTERM, 143, -1, ["0.closed", "1.closed"], marks=pytest.mark.slow),
+        pytest.param(signal.SIGKILL, -signal.SIGKILL, -1, [], marks=pytest.mark.slow),
     ],
 )
 def test_the_launcher_is_told_to_end(

@@ -135,7 +135,7 @@ def test_is_plain_pytorch(ranks: Ranks, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("tp", "changes"),
     [
-        (2, {"model": DROPOUT, "micro_batch_size": 3}),
+        pytest.param(2, {"model": DROPOUT, "micro_batch_size": 3}, marks=pytest.mark.slow),
         (3, {"precision": "bf16", "model": DROPOUT}),
         (1, {"precision": "bf16-mixed", "checkpoint_activations": True}),
         pytest.param(
@@ -205,6 +205,7 @@ def test_resume_without_a_checkpoint_begins_anew(ranks: Ranks, tmp_path: Path) -
     _equal_bits(begun, _run(ranks, small(tmp_path, steps=5, run_dir=str(tmp_path / "whole"))))
 
 
+@pytest.mark.slow
 def test_validation_and_checkpoints_do_not_disturb_training(ranks: Ranks, tmp_path: Path) -> None:
     often = {"evaluate_every": 2, "checkpoint_every": 3, "evaluate_sequences": 3}
     disturbed = _run(ranks, small(tmp_path, mesh={"tp": 2}, model=DROPOUT, **often))
@@ -285,6 +286,7 @@ def test_fine_tuning_goes_on_from_the_folders_weights(ranks: Ranks, tmp_path: Pa
     _equal_bits(resumed, whole)
 
 
+@pytest.mark.slow
 def test_minutes_become_a_number_of_steps(ranks: Ranks, tmp_path: Path) -> None:
     budget = {"steps": None, "minutes": 0.02, "optimizer": {"warmup_steps": 10}, "mesh": {"tp": 2}}
     folder = _run(ranks, small(tmp_path, **budget, checkpoint_every=10), stop_after=10)
@@ -344,6 +346,7 @@ OPT = HandPlan(
 """How one would cut it by hand."""
 
 
+@pytest.mark.slow
 def test_derived_and_hand_written_plans(ranks: Ranks, tmp_path: Path) -> None:
     """A plan is derived unless one is named; either way the losses are those of one process."""
     fields = {
