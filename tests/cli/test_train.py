@@ -59,6 +59,33 @@ def test_tiny_example(tmp_path: Path, tp: int) -> None:
     assert AutoModelForCausalLM.from_pretrained(str(folder / "model")).num_parameters() > 200_000
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_killed_rank_is_started_again(file: str, tmp_path: Path, overwrite: bool) -> None:
+    """The run goes on from its last checkpoint, of three steps; one that was done since is done again."""
+    options = [
+        "--mesh.tp",
+        "2",
+        "--steps",
+        "7",
+        "--checkpoint_every",
+        "3",
+        "--overwrite",
+        str(overwrite).lower(),
+    ]
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1")
+    command = [sys.executable, *launcher, "-m", "tests.train.killed", file, *options]
+    done = subprocess.run(command, cwd=EXAMPLES.parent, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "resuming after step 3" in done.stdout
+    records = read_records(tmp_path / "run" / "metrics.jsonl")
+    assert [one["step"] for one in records] == list(range(1, 8))
+    whole = _colrow(file, *options[:-2], "--run_dir", str(tmp_path / "whole"))
+    assert whole.returncode == 0, whole.stderr
+    expected = read_records(tmp_path / "whole" / "metrics.jsonl")
+    assert [one["loss"] for one in records] == [one["loss"] for one in expected]
+
+
 def test_the_bible_example_is_valid(tmp_path: Path) -> None:
     from colrow.train.parse import parse
     from colrow.train.prepare import prepare

@@ -32,9 +32,11 @@ def join_job(backend: str, limit: timedelta) -> None:
     """
     rank, size = _whole(os.environ, "RANK"), _whole(os.environ, "WORLD_SIZE")
     server = _connect(rank, size, limit)
-    # a launcher's store outlives a process group: the next one must not read the addresses of the last
-    generation = server.add(f"colrow/joins/{rank}", 1)
-    store = PrefixStore(f"colrow/job {generation}", server)
+    # a launcher's store outlives a process group, and all processes of a job that are started again: the
+    # next ones must not read the addresses of the last
+    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    generation = server.add(f"colrow/joins/{again}/{rank}", 1)
+    store = PrefixStore(f"colrow/job {again}/{generation}", server)
     arrivals = PrefixStore("arrivals", store)
     arrivals.set(str(rank), json.dumps(identify(os.getpid())))
     try:

@@ -85,6 +85,12 @@ def under_launcher(environment: Environment | None = None) -> bool:
     return find_job(environment) is not None
 
 
+def restarts(environment: Environment | None = None) -> int:
+    """How often torchrun has started all of the job's processes again after one of them had failed."""
+    environment = os.environ if environment is None else environment
+    return _whole(environment, "TORCHELASTIC_RESTART_COUNT", 0)
+
+
 def apply(environment: MutableMapping[str, str] | None = None) -> Job | None:
     """Fill in what ``torch.distributed`` reads, so that :func:`colrow.init_mesh` joins the launcher's job.
 

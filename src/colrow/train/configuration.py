@@ -129,7 +129,8 @@ class TrainConfiguration:
 
     Attributes:
         run_dir: folder for everything that the run writes; default: runs/ and the configuration file's name.
-        resume: continue from the latest checkpoint in run_dir, on any mesh.
+        resume: continue from the latest checkpoint in run_dir, on any mesh. Ranks that torchrun has started
+            again after one of them had failed do so by themselves.
         overwrite: delete the run that run_dir already holds.
         seed: of the initial weights, the order of the data, dropout and the sample.
         timeout: seconds after which a rank that does not answer ends the job.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import sys
 import time
@@ -12,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 import colrow
 from colrow.data_shards import own_class
+from colrow.launch.environment import restarts
 from colrow.train.build import all_ranks, device_of
 from colrow.train.configuration import TrainConfiguration
 from colrow.train.data import derived_seed
@@ -44,6 +46,8 @@ def train(configuration: dict[str, Any], prepared: bool) -> dict[str, Any]:
         RankFailure: if another rank dies or comes too late.
     """
     chosen = from_dictionary(configuration)
+    if restarts():  # the launcher has started all ranks again after one has failed: the run goes on
+        chosen = dataclasses.replace(chosen, resume=True, overwrite=False)
     mesh = colrow.init_mesh(tp=chosen.mesh.tp, dp=chosen.mesh.dp, timeout=chosen.timeout)
     if not prepared:
         _prepare_on_first_rank(chosen, mesh)
