@@ -83,7 +83,7 @@ def test_reads_of_unknown_data(function: Callable[..., Any]) -> None:
 def test_guessed_routing_is_asked_for_and_noted() -> None:
     record = trace(Outer(positions), (torch.ones(4, 4),), routing="guess")
     assert len(record.warnings) == 1
-    assert "guessed the result of nonzero" in record.warnings[0]
+    assert "guessed what nonzero() or where() finds in a tensor [4]" in record.warnings[0]
     assert record.guessed == {"inner"}
     assert record.outputs[0][1].shape[1:] == (4,)
 

@@ -30,6 +30,7 @@ from colrow.plan.naming import names_of
 from colrow.plan.notes import notes_of
 from colrow.plan.plan import Axis, Plan, Sharding
 from colrow.plan.predict import predict
+from colrow.plan.reads import check_reads
 from colrow.plan.selection import CannotPlaceError, Chosen, Selection, UnreachableError
 from colrow.plan.sequence import SequenceCut, find_sequences, notes_of_sequences, pays
 from colrow.plan.states import States
@@ -73,10 +74,10 @@ def derive_plan(
 
 
 def record(model: nn.Module, examples: Mapping[str, Example]) -> Trace:
-    """One trace of all examples; a choice of experts that depends on data is guessed.
+    """One trace of all examples; what follows from a choice by data, as of experts, is guessed.
 
     Raises:
-        TraceError: if the model cannot be recorded.
+        TraceError: if the model cannot be recorded, as where it branches on other data.
     """
     try:
         return trace_together(model, examples)
@@ -209,6 +210,7 @@ class _Derivation:
         states = States(selection, borders.values)
         linearity = Linearity(states)
         reductions = find_reductions(states, linearity)
+        check_reads(states, reductions)
         summations, actions = self._sums(states, borders, reductions)
         localisation = localise(self._model, states, reductions)
         return _Placed(selection, borders, reductions, summations, states, actions, localisation)

@@ -131,6 +131,9 @@ class Copy:
             new = table.add_detached(old.shape, old.dtype, old.source, storages[old.storage], old.content)
             self.values[old.index] = new
             self.recorder.gradients.copy(old, new)
+            self.recorder.origins.copy(old, new)
+            if old.read is not None:
+                new.read = (old.read[0] + self.shift, old.read[1])
 
     def _copy_module(self, old: ModuleCall) -> None:
         trace = self.recorder.trace

@@ -25,6 +25,11 @@ _POSITIONS = ("aten::arange", "aten::linspace", "aten::range", "aten::logspace")
 """Operators whose numbers are extents of their result."""
 
 
+def is_integer(dtype: torch.dtype) -> bool:
+    """Whether numbers of a type can be sizes."""
+    return not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
+
+
 def is_vectorised() -> bool:
     """Whether ``torch.vmap`` or another transform runs, whose tensors stand for one of many."""
     return torch._C._functorch.peek_interpreter_stack() is not None
@@ -98,6 +103,8 @@ class FunctionMode(TorchFunctionMode):
                 return function(*args, **keywords)
         if name in _READS and args and isinstance(args[0], Tensor):
             return self._read(name, args, keywords)
+        if function is Tensor.item:
+            return self._item(args, keywords)
         if function in (torch.tensor, torch.as_tensor, Tensor.new_tensor, torch.asarray):
             function, args, keywords = self._constant(function, args, keywords)
         elif name in ("__getitem__", "__setitem__"):
@@ -133,6 +140,13 @@ class FunctionMode(TorchFunctionMode):
         self._numeric_uses(call)
         return result
 
+    def _item(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+        number = self._call(Tensor.item, arguments, keywords)
+        value = self.recorder.table.find(arguments[0])
+        if value is None or type(number) is not int:
+            return number
+        return self.recorder.extent(number, "item()", value)
+
     # integers
 
     def _size(self, function: Any, name: str, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
@@ -160,7 +174,7 @@ class FunctionMode(TorchFunctionMode):
             for number in _numbers(operation):
                 for integer in integers:
                     if int.__eq__(integer, number) is True or number == float(int.__index__(integer)):
-                        self.recorder.escape(integer.expression, operation.name)
+                        integer.escape(operation.name)
 
     # constants and reads
 
@@ -187,12 +201,14 @@ class FunctionMode(TorchFunctionMode):
         recorder = self.recorder
         value = recorder.value_of(arguments[0])
         if value.content is None:
-            if recorder.routing == "error":
-                raise recorder.data_needed(f"{name}()", value)
-            recorder.guess(f"guessed what {name}() reads from a tensor {list(value.shape)}")
+            listed = name == "tolist" and is_integer(value.dtype)
+            recorder.guess(f"{name}()", value, counts=listed)
         with recorder.pause():
             content = recorder.imagination.content_of(value)
-            return getattr(content.clone(), name)(*arguments[1:], **keywords)
+            found = getattr(content.clone(), name)(*arguments[1:], **keywords)
+        return map_leaves(
+            found, lambda leaf: recorder.extent(leaf, f"{name}()", value) if type(leaf) is int else leaf
+        )
 
 
 def _traced_integers(item: Any) -> list[TracedInt]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from colrow.trace.hooks import refuse_old_hooks
@@ -72,10 +72,12 @@ def recorded_modules(recorder: Recorder, repeater: Repeater) -> Iterator[None]:
 
     def read(module: nn.Module, name: str) -> Any:
         item = lookup(module, name)
-        if isinstance(item, nn.Parameter) and not recorder.paused and threading.get_ident() == thread:
+        if isinstance(item, Tensor) and not recorder.paused and threading.get_ident() == thread:
             value = recorder.table.find(item)
-            if value is not None:
+            if value is not None and isinstance(item, nn.Parameter):
                 recorder.trace.read.add(value.index)
+            elif value is not None:
+                recorder.origins.read(value)
         return item
 
     nn.Module.__call__, nn.Module.__getattr__ = call, read  # type: ignore[method-assign]

@@ -10,6 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from colrow.trace import content
 from colrow.trace.errors import TraceError
+from colrow.trace.functions import is_integer
+from colrow.trace.origins import selects
 from colrow.trace.recorder import Recorder
 from colrow.trace.records import Operation, Source, Value
 from colrow.trace.sites import user_site
@@ -24,6 +26,9 @@ _INDEXING = (
     aten._index_put_impl_.default,
 )
 _MASKS = (torch.bool, torch.uint8)
+_USES = {"_local_scalar_dense": "item(), or a branch on a tensor,", "nonzero": "nonzero() or where()"}
+_NUMBERS = ("__bool__", "__int__", "__index__", "__float__", "__complex__")
+"""Reads of a tensor's number of which nobody sees what becomes of it."""
 
 
 class OperatorMode(TorchDispatchMode):
@@ -122,9 +127,7 @@ class OperatorMode(TorchDispatchMode):
         value = self.recorder.value_of(mask)
         if value.content is not None:
             return value.content.nonzero()
-        if self.recorder.routing == "error":
-            raise self.recorder.data_needed("indexing with a mask", value)
-        self.recorder.guess(f"guessed which elements of a mask {list(value.shape)} are true")
+        self.recorder.guess("indexing with a mask", value, counts=True)
         return content.some_positions(self.recorder.imagination.content_of(value).nonzero(), value.shape)
 
     def _guess(
@@ -138,25 +141,27 @@ class OperatorMode(TorchDispatchMode):
         """The result of an operator on data that is not known, as far as guesses are asked for."""
         recorder = self.recorder
         name = function._schema.name.removeprefix("aten::")
-        guess: Any = None
-        if recorder.routing == "guess":
-            guess = recorder.imagination.compute(function, *recorder.snapshot((arguments, keywords)))
+        use = _USES.get(name, f"the operator {name}")
+        unknown = max(
+            (one for one in inputs if one.content is None), key=recorder.origins.of, default=inputs[0]
+        )
+        recorder.guess(use, unknown, counts=selects(function) or self._reads_extent(unknown))
+        guess = recorder.imagination.compute(function, *recorder.snapshot((arguments, keywords)))
         if guess is None:
-            use = {
-                "_local_scalar_dense": "item(), or a branch on a tensor,",
-                "nonzero": "nonzero() or where()",
-            }
-            unknown = next((value for value in inputs if value.content is None), inputs[0])
-            raise recorder.data_needed(use.get(name, f"the operator {name}"), unknown)
+            raise recorder.data_needed(use, unknown)
         if function is aten.nonzero.default:
             guess = content.some_positions(guess, inputs[0].shape)
-        recorder.guess(f"guessed the result of {name} on a tensor {list(inputs[0].shape)}")
         result = content.to_meta(guess)
         if tensors_of(result):
             self._record(function, arguments, keywords, inputs, written, result, None)
             for tensor, made_up in zip(tensors_of(result), tensors_of(guess), strict=True):
                 recorder.imagination.remember(recorder.value_of(tensor), made_up)
         return result
+
+    def _reads_extent(self, value: Value) -> bool:
+        """Whether a torch function reads an integer to have a size or a position, not the program itself."""
+        call = self.recorder.call
+        return is_integer(value.dtype) and call is not None and call.name not in _NUMBERS
 
     def _run_on_meta(self, function: torch._ops.OpOverload, arguments: Any, keywords: Any) -> Any:
         if function is aten._grouped_mm.default:
@@ -187,19 +192,23 @@ class OperatorMode(TorchDispatchMode):
         trace, table = recorder.trace, recorder.table
         # before a tensor that is given another shape in place stands for something new
         given_arguments, given_keywords = recorder.snapshot((arguments, keywords))
+        overwritten = [recorder.value_of(tensor) for tensor in written]
         results = tensors_of(result)
+        numbers = (*arguments, *keywords.values())
+        origins = recorder.origins.results(function, numbers, inputs, [one.dtype for one in results])
         contents: list[Tensor | None] = [*tensors_of(real)] if real is not None else [None] * len(results)
         fresh: list[Value] = []
         outputs: list[Value] = []
-        for tensor, known in zip(results, contents, strict=True):
+        for tensor, known, origin in zip(results, contents, origins, strict=True):
             value = table.find(tensor)
             if value is None or _reshapes(function):
                 value = table.add(tensor, Source("result"), known)
                 fresh.append(value)
             outputs.append(value)
+            recorder.origins.record(value, origin, value in overwritten)
         if real is None:
-            for tensor in written:
-                for alias in table.aliases(recorder.value_of(tensor)):
+            for value in overwritten:
+                for alias in table.aliases(value):
                     alias.content = None
         operation = Operation(
             len(trace.operations),

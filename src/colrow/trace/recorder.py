@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import linecache
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,7 +14,9 @@ from colrow.trace import content
 from colrow.trace.errors import TraceError
 from colrow.trace.gradients import Gradients
 from colrow.trace.imagination import Imagination
-from colrow.trace.integers import Expression
+from colrow.trace.integers import Expression, TracedInt
+from colrow.trace.integers import Literal as Number
+from colrow.trace.origins import REASONS, Origins
 from colrow.trace.records import Escape, FunctionCall, ModuleCall, Source, Trace, Value
 from colrow.trace.sites import user_site
 from colrow.trace.tree import Path, map_tensors, tensors_by_path
@@ -40,12 +43,14 @@ class Recorder:
         unhooked: what the forward of a module returned by the index of what hooks made of it.
         kept_after: after how many operators something was kept for a backward pass, within checkpoints.
         imagination: made-up content, where ``routing`` is to be guessed.
+        origins: what values follow from, and hence whether they may be made up.
     """
 
     def __init__(self, mode: str, routing: Routing = "error") -> None:
         self.trace = Trace(mode)
         self.table = ValueTable(self.trace.values)
         self.gradients = Gradients(self.table)
+        self.origins = Origins(self.table)
         self.routing = routing
         self.imagination = Imagination()
         self.module: ModuleCall | None = None
@@ -74,6 +79,7 @@ class Recorder:
         self.paused = True
         self.table = ValueTable([])
         self.gradients = Gradients(self.table)
+        self.origins = Origins(self.table)
         self.unrecorded.clear()
 
     @property
@@ -81,10 +87,36 @@ class Recorder:
         """Path of the module that runs now; empty for the model itself."""
         return self.module.path if self.module is not None else ""
 
-    def guess(self, text: str) -> None:
-        """Note that the module that runs now goes on with something guessed."""
+    def guess(self, use: str, value: Value, *, counts: bool = False) -> None:
+        """The program reads data that is not known: note that it goes on with something guessed.
+
+        Args:
+            use: what reads it, for people.
+            value: what is read.
+            counts: whether it only says how many there are of something: the course of the program is the
+                same whatever it is.
+
+        Raises:
+            TraceError: if nothing is to be guessed, or the program's course depends on data.
+        """
+        origin = self.origins.of(value)
+        if self.routing == "error" or not (origin.is_guessed or counts):
+            raise self.data_needed(use, value)
+        reason = REASONS.get(origin, "what the program does is the same however many are chosen")
+        value.read = (len(self.trace.operations), str(user_site()))
         self.trace.guessed.add(self.module_path)
-        self.warn(text)
+        self.warn(f"guessed what {use} finds in a tensor {list(value.shape)}: {reason}")
+
+    def extent(self, number: int, use: str, value: Value) -> int:
+        """A number that was read: if it is of data, a size may follow from it, and nothing else."""
+        if value.content is not None or self.origins.of(value).is_guessed:
+            return number
+
+        def refuse(_: Expression, further: str) -> None:
+            if not self.paused:
+                raise self.data_needed(f"the {further} of what {use} reads", value)
+
+        return TracedInt(number, Number(number), refuse)
 
     def value_of(self, tensor: Tensor) -> Value:
         """The value of a tensor; one that was made outside of the trace becomes a constant."""
@@ -134,12 +166,24 @@ class Recorder:
     def data_needed(self, use: str, value: Value) -> TraceError:
         """The error for a program that reads data which a trace does not have."""
         size = "" if value.shape else ", a single number,"
+        site = user_site()
+        source = linecache.getline(site.file, site.line).strip()
+        where = f" in `{source}`" if source else ""
+        what = "that follows from weights or from inputs without data; a trace has shapes only"
+        remedy = (
+            "Give integer and boolean inputs as real tensors; replace the branch by torch.where or a mask, "
+            "or decide before the model is called and pass what was decided as a Python value"
+        )
+        if self.origins.of(value).is_guessed:
+            remedy += (
+                "; for a loop over the experts that tokens are routed to, pass routing='guess' or choose an "
+                "implementation without such a loop"
+            )
+        else:
+            what += ", and another course that the program may take would not be seen"
         return TraceError(
             self.module_path,
-            str(user_site()),
-            f"{use} needs the data of a tensor {list(value.shape)}{size} that follows from weights or from "
-            "inputs without data; a trace has shapes only",
-            "Give integer and boolean inputs as real tensors; replace the branch by torch.where or a mask; "
-            "for a loop over the experts that tokens are routed to, pass routing='guess' or choose an "
-            "implementation without such a loop",
+            str(site),
+            f"{use}{where} needs the data of a tensor {list(value.shape)}{size} {what}",
+            remedy,
         )

@@ -50,6 +50,8 @@ class Value:
         uses: the operators that read it, in order.
         content: its actual data after the last write, on the CPU, where that is known without weights:
             constants, masks, positions.
+        read: where the program reads its numbers, if they were guessed: after how many operators, and the
+            place in its text.
     """
 
     index: int
@@ -61,6 +63,7 @@ class Value:
     producer: Operation | None = None
     uses: list[Operation] = field(default_factory=list)
     content: Tensor | None = None
+    read: tuple[int, str] | None = None
 
     def __repr__(self) -> str:
         return f"%{self.index}{list(self.shape)}"
