@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from unittest.mock import patch
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import colrow
+from colrow import parameters
 from colrow.plan import AxisSpec, HandPlan, column, row
 from colrow.state import placed_parameters
 from tests.pool import Pool, worker_mesh
@@ -52,6 +54,27 @@ def _norms(size: int) -> None:
 def test_norms_and_clipping(ranks: Callable[[int], Pool], size: int) -> None:
     """With 3 hidden features over 4 ranks, one rank holds none."""
     ranks(size).run(_norms, size)
+
+
+def _rounded_otherwise(norm_type: float) -> float:
+    """Rank 1 sums what all ranks hold to another last bit, as at another place in memory it may."""
+    _, cut = _models(2, torch.float64)
+    exact = parameters._power_sum
+    rank = colrow.state_of(cut).communicator.rank
+    unlike = torch.tensor(1.0 + rank * 2.0**-52, dtype=torch.float64)
+
+    def rounded(gradients: list[Tensor], norm_type: float, device: torch.device) -> Tensor:
+        return exact(gradients, norm_type, device) * unlike
+
+    with patch.object(parameters, "_power_sum", rounded):
+        return colrow.clip_grad_norm_(cut, 1e-2, norm_type).item()
+
+
+@pytest.mark.parametrize("norm_type", [2.0, float("inf")])
+def test_one_norm_on_all_ranks(ranks: Callable[[int], Pool], norm_type: float) -> None:
+    """Scaled by different numbers, replicated parameters would part, bit by bit."""
+    first, second = ranks(2).run(_rounded_otherwise, norm_type)
+    assert first == second
 
 
 def _payload() -> list[tuple[int, int]]:

@@ -87,6 +87,10 @@ def _norm_of(parameters: Sequence[PlacedParameter], ranks: Communicator, norm_ty
             one = _total(one, communicator(group), is_max)
         sums.append(one)
     own, common = torch.stack(sums).amax(0) if is_max else torch.stack(sums).sum(0)
+    if is_max or ranks.rank == 0:
+        # what all ranks hold is taken of one: equal gradients at other places in memory may sum up to other
+        # last bits, and parameters that are scaled by other numbers part
+        own = torch.maximum(own, common) if is_max else own + common
     # what is not a number goes separately: the transports' maximum may lose it
     is_nan = own.isnan()
     sequence = torch.tensor(float(ranks.sequence), dtype=torch.float64, device=device)
@@ -99,7 +103,7 @@ def _norm_of(parameters: Sequence[PlacedParameter], ranks: Communicator, norm_ty
             "the ranks have not gone through the same collectives, so their gradients mean nothing: give "
             "all ranks the same batches, hooks and requires_grad (colrow.comm_stats() shows what each did)"
         )
-    norm = torch.maximum(total[0], common) if is_max else (total[0] + common) ** (1 / norm_type)
+    norm = total[0] if is_max else total[0] ** (1 / norm_type)
     return torch.where(total[1] > 0, torch.nan, norm)
 
 
