@@ -4,7 +4,7 @@ from colrow.apply import ShardedLogits, parallelize, unshard
 from colrow.axes import rule
 from colrow.checkpoint import load_optimizer, load_pretrained, save_optimizer, save_pretrained
 from colrow.collectives import comm_stats, reset_comm_stats
-from colrow.errors import PlanError, RankFailure
+from colrow.errors import PlanError, PlanWarning, RankFailure
 from colrow.layers import cross_entropy
 from colrow.matmul import Grid, MatmulResult, matmul
 from colrow.mesh import init_mesh, mesh_table
@@ -23,6 +23,7 @@ __all__ = [
     "ParameterCount",
     "Plan",
     "PlanError",
+    "PlanWarning",
     "RankFailure",
     "ShardedLogits",
     "VerificationError",

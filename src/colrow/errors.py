@@ -23,6 +23,10 @@ class PlanError(ValueError):
         return (PlanError, (self.module, self.cause, self.remedy))
 
 
+class PlanWarning(UserWarning):
+    """What a user should know of a derived plan: much stays whole, or something had to be guessed."""
+
+
 class RankFailure(RuntimeError):
     """A collective did not complete because another rank died, raised or came too late.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
@@ -15,8 +16,9 @@ from colrow.apply.dry_run import try_plan
 from colrow.apply.refusals import refuse_own_save
 from colrow.axes import Registry
 from colrow.collectives import Communicator, communicator
-from colrow.errors import PlanError
+from colrow.errors import PlanError, PlanWarning
 from colrow.plan import HandPlan, Plan, derive_plan
+from colrow.plan.summary import summary
 from colrow.replicas import check_equal_weights, digest
 from colrow.state import ParallelState, attach_state, is_parallelized
 from colrow.trace import Example
@@ -46,6 +48,9 @@ def parallelize(
 
     Given labels, the model computes its loss from logits that are cut over the vocabulary; the output then
     holds :class:`colrow.apply.loss.ShardedLogits` in place of logits.
+
+    Where much stays whole under a derived plan, or something had to be guessed, rank 0 says so
+    with one :class:`colrow.PlanWarning`.
 
     Args:
         model: any module whose weights are real, or all on the meta device.
@@ -101,9 +106,14 @@ def parallelize(
     if check is not None:
         _try_on_all(model, plan, check, ranks, mesh.device_type)
     check_equal_weights(model, ranks)
+    told = None
+    if not isinstance(example, Plan | HandPlan) and ranks.size > 1 and mesh.get_rank() == 0:
+        told = summary(plan, {name: one.numel() for name, one in model.named_parameters()})
     undo = Applier(model, ranks, plan).apply(logits == "gather")
     refuse_own_save(model)
     attach_state(model, ParallelState(mesh, ranks, plan, layouts, undo))
+    if told is not None:
+        warnings.warn(told, PlanWarning, stacklevel=2)
     return model
 
 

@@ -24,6 +24,9 @@ from colrow.trace.values import ValueTable
 
 Routing = Literal["error", "guess"]
 
+GUESSED = ": guessed what "
+"""What every warning of a guess has in it."""
+
 
 class Recorder:
     """What the modes that watch a run share.
@@ -105,7 +108,7 @@ class Recorder:
         reason = REASONS.get(origin, "what the program does is the same however many are chosen")
         value.read = (len(self.trace.operations), str(user_site()))
         self.trace.guessed.add(self.module_path)
-        self.warn(f"guessed what {use} finds in a tensor {list(value.shape)}: {reason}")
+        self.warn(f"{use} finds in a tensor {list(value.shape)}: {reason}", GUESSED)
 
     def extent(self, number: int, use: str, value: Value) -> int:
         """A number that was read: if it is of data, a size may follow from it, and nothing else."""
@@ -152,9 +155,9 @@ class Recorder:
         found = tensors_by_path(item, inside_objects=inside_objects, inside_result=inside_result)
         return [(path, self.value_of(tensor)) for path, tensor in found]
 
-    def warn(self, message: str) -> None:
+    def warn(self, message: str, verb: str = ": ") -> None:
         """Note something that a person should know, once."""
-        text = f"{user_site()}, in {self.module_path or 'the model itself'}: {message}"
+        text = f"{user_site()}, in {self.module_path or 'the model itself'}{verb}{message}"
         if text not in self.trace.warnings:
             self.trace.warnings.append(text)
 
