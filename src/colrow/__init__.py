@@ -8,7 +8,14 @@ from colrow.errors import PlanError, PlanWarning, RankFailure
 from colrow.layers import cross_entropy
 from colrow.matmul import Grid, MatmulResult, matmul
 from colrow.mesh import init_mesh, mesh_table
-from colrow.parallel import data_parallel, no_gradient_sync, token_weight, zero_redundancy_optimizer
+from colrow.parallel import (
+    Pipeline,
+    data_parallel,
+    no_gradient_sync,
+    pipeline_parallel,
+    token_weight,
+    zero_redundancy_optimizer,
+)
 from colrow.parameters import ParameterCount, clip_grad_norm_, count_parameters, global_grad_norm
 from colrow.plan import HandPlan, Plan, derive_plan
 from colrow.randomness import manual_seed
@@ -21,6 +28,7 @@ __all__ = [
     "HandPlan",
     "MatmulResult",
     "ParameterCount",
+    "Pipeline",
     "Plan",
     "PlanError",
     "PlanWarning",
@@ -43,6 +51,7 @@ __all__ = [
     "mesh_table",
     "no_gradient_sync",
     "parallelize",
+    "pipeline_parallel",
     "reset_comm_stats",
     "rule",
     "save_optimizer",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from colrow.collectives import Communicator, communicator
 from colrow.data_shards import data_groups, held, joined
-from colrow.state import PlacedParameter, placed_parameters, state_of
+from colrow.state import ParallelState, PlacedParameter, placed_parameters, state_of
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,21 @@ class ParameterCount:
 def count_parameters(model: nn.Module) -> ParameterCount:
     """What this rank holds of a parallelized model's parameters, and what one process would hold."""
     local = total = local_bytes = total_bytes = 0
+    state = state_of(model)
     for placed in placed_parameters(model):
         size = placed.parameter.element_size()
         whole = prod(placed.layout.shape)
         own = held(placed.parameter).numel()
         local += own
-        total += whole
         local_bytes += own * size
-        total_bytes += whole * size
+        if state.pipeline is None or placed.name not in state.pipeline.holders:
+            total += whole
+            total_bytes += whole * size
+    if state.pipeline is not None:
+        for name, size in state.pipeline.element_sizes.items():
+            whole = prod(state.layouts[name].shape)
+            total += whole
+            total_bytes += whole * size
     return ParameterCount(local, total, local_bytes, total_bytes)
 
 
@@ -50,7 +57,8 @@ def global_grad_norm(model: nn.Module, norm_type: float = 2.0) -> Tensor:
 
     One all-reduce of a few numbers, which also checks that the ranks have gone through the same collectives.
     Sharded gradients are summed over the tensor-parallel ranks; replicated, shared and tied ones count once.
-    What FSDP has cut over data-parallel ranks is summed over those first: one more all-reduce.
+    What FSDP has cut over data-parallel ranks is summed over those first: one more all-reduce; what the
+    stages of a pipeline have, over those at last: another.
 
     Args:
         model: a parallelized model after backward.
@@ -62,10 +70,23 @@ def global_grad_norm(model: nn.Module, norm_type: float = 2.0) -> Tensor:
     Raises:
         RuntimeError: if the ranks have issued different collectives since they began.
     """
-    return _norm_of(list(placed_parameters(model)), state_of(model).communicator, norm_type)
+    return _norm_of(list(placed_parameters(model)), state_of(model), norm_type)
 
 
-def _norm_of(parameters: Sequence[PlacedParameter], ranks: Communicator, norm_type: float) -> Tensor:
+def _norm_of(parameters: Sequence[PlacedParameter], state: ParallelState, norm_type: float) -> Tensor:
+    if state.pipeline is None:
+        return _norm_on_stages(parameters, state.communicator, norm_type)
+    # what several stages hold counts on the first of them
+    own = [one for one in parameters if state.pipeline.is_first_holder(one.name)]
+    norm = _norm_on_stages(own, state.communicator, norm_type)
+    is_max = norm_type == float("inf")
+    power = norm if is_max else norm**norm_type
+    total = _total(power.reshape(1), state.pipeline.communicator, is_max).reshape(())
+    return total if is_max else total ** (1 / norm_type)
+
+
+def _norm_on_stages(parameters: Sequence[PlacedParameter], ranks: Communicator, norm_type: float) -> Tensor:
+    """The norm of the gradients that tensor-parallel ranks hold, of this pipeline stage if there are some."""
     is_max = norm_type == float("inf")
     # by the groups among which FSDP has cut them: of tensor-parallel shards, and of what all ranks hold
     found: dict[tuple[dist.ProcessGroup, ...], tuple[list[Tensor], list[Tensor]]] = {(): ([], [])}
@@ -149,7 +170,7 @@ def clip_grad_norm_(
         RuntimeError: if the norm is not finite and ``error_if_nonfinite`` is set; on every rank alike.
     """
     parameters = list(placed_parameters(model))
-    norm = _norm_of(parameters, state_of(model).communicator, norm_type)
+    norm = _norm_of(parameters, state_of(model), norm_type)
     if error_if_nonfinite and not torch.isfinite(norm):
         raise RuntimeError(f"the gradients' norm is {norm.item()}: they cannot be clipped")
     # the small number is torch's own, so that both clip alike

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from colrow.collectives import Communicator
+from colrow.collectives.texts import all_gather_texts
 from colrow.data_shards import held
 from colrow.errors import PlanError
-from colrow.state import placed_parameters, state_of
+from colrow.state import PipelineShare, PlacedParameter, placed_parameters, state_of
 
 _CHUNK = 1 << 17
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -81,11 +82,39 @@ def check_replicas(model: nn.Module) -> None:
             named.append((placed.name, held(placed.parameter)))
             if placed.parameter.grad is not None:
                 named.append((f"the gradient of {placed.name}", held(placed.parameter.grad)))
-    found = _first_difference([one for _, one in named], state_of(model).communicator, "check replicas")
+    state = state_of(model)
+    found = _first_difference([one for _, one in named], state.communicator, "check replicas")
     if found is not None:
         raise PlanError(
             named[found][0],
             "it is replicated, but differs between ranks",
             "Give all ranks the same batches, clip with colrow.clip_grad_norm_, and check the plan for "
             "parameters that are read inside a region (replicated(inside=...)).",
+        )
+    if state.pipeline is not None:
+        _check_stages(model, state.pipeline)
+
+
+def _check_stages(model: nn.Module, pipeline: PipelineShare) -> None:
+    """Raise on all ranks of a pipeline if what several stages hold differs between them."""
+    ranks, differing = pipeline.communicator, ""
+    shared: dict[tuple[int, ...], list[PlacedParameter]] = {}
+    for placed in placed_parameters(model):
+        holders = pipeline.holders.get(placed.name, ())
+        if len(holders) > 1:
+            shared.setdefault(holders, []).append(placed)
+    for members in sorted(shared):
+        named = sorted(shared[members], key=lambda one: one.name)
+        tensors = [held(one.parameter) for one in named]
+        tensors += [held(one.parameter.grad) for one in named if one.parameter.grad is not None]
+        found = _first_difference(tensors, ranks.subgroup(members), "check stages")
+        if found is not None:
+            differing = named[found % len(named)].name
+    texts = all_gather_texts(ranks, differing, next(model.parameters()).device, label="check stages")
+    name = next(filter(None, texts), "")
+    if name:
+        raise PlanError(
+            name,
+            "several stages hold it, and it differs between them",
+            "Train it by the pipeline's step and with one optimizer for all parameters.",
         )

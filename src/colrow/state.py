@@ -19,6 +19,27 @@ _ATTRIBUTE = "_colrow_state"
 
 
 @dataclass(frozen=True)
+class PipelineShare:
+    """What a rank of a pipeline knows of the whole model, of which it holds some parameters.
+
+    Attributes:
+        communicator: the ranks along ``pp``.
+        holders: by first name of every parameter of the model, the ranks along ``pp`` that hold it.
+        element_sizes: by the same names, bytes of an element.
+        buffers: by name of every buffer, the rank along ``pp`` whose buffer counts.
+    """
+
+    communicator: Communicator
+    holders: dict[str, tuple[int, ...]]
+    element_sizes: dict[str, int]
+    buffers: dict[str, int]
+
+    def is_first_holder(self, name: str) -> bool:
+        """Whether of the ranks that hold a parameter this is the first: the one on which it counts."""
+        return self.holders.get(name, (self.communicator.rank,))[0] == self.communicator.rank
+
+
+@dataclass(frozen=True)
 class ParallelState:
     """Attached to the model by ``colrow.parallelize``.
 
@@ -29,6 +50,7 @@ class ParallelState:
         layouts: by fully qualified name, tied names included, the layout of every parameter and of every
             buffer that is cut.
         undo: what takes back all but the cutting of parameters.
+        pipeline: where the other parameters are, if this rank has some stages of the model only.
     """
 
     mesh: DeviceMesh
@@ -36,6 +58,7 @@ class ParallelState:
     plan: Plan
     layouts: dict[str, TensorLayout]
     undo: Undo
+    pipeline: PipelineShare | None = None
 
     @property
     def is_first_replica(self) -> bool:

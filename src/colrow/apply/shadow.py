@@ -47,9 +47,11 @@ class Shadow:
         values: list[Any] = []
         for holders, change in self._changes:
             holder, name = holders[0]
-            parameter = holder._parameters[name]
-            assert parameter is not None
-            values += [change(parameter)] * len(holders)
+            parameter = holder._parameters.get(name)
+            if parameter is None:  # of another pipeline stage, where nothing reads it
+                values += [holder.__dict__.get(name) for holder, name in holders]
+            else:
+                values += [change(parameter)] * len(holders)
         before = self._put(values)
         replaying = None
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():

@@ -70,8 +70,9 @@ class EnterTogether:
         self._entered = {}
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return
+        # those of another pipeline stage are not there
         found = {
-            id(one): one for holder, name in self._places if (one := holder._parameters[name]) is not None
+            id(one): one for holder, name in self._places if (one := holder._parameters.get(name)) is not None
         }
         wanting = [one for one in found.values() if one.requires_grad and type(one) is nn.Parameter]
         if wanting:

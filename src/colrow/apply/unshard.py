@@ -27,6 +27,11 @@ def unshard(model: nn.Module) -> nn.Module:
         RankFailure: if another rank does not call this.
     """
     module, state = parallel_module(model), state_of(model)
+    if state.pipeline is not None:
+        raise ValueError(
+            "a rank of a pipeline has some layers of this model only, which cannot be taken back: "
+            "colrow.save_pretrained writes all of it, which another model can load"
+        )
     ranks = state.communicator
     named: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
     if any(data_groups(parameter) for parameter in named.values()):

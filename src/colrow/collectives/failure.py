@@ -99,7 +99,7 @@ def report_exception(error: BaseException) -> BaseException:
     watch = _watches.get(_get_default_group())
     if watch is None:
         return error
-    transport = next((one for one in _chain(error) if _is_of_transport(one)), None)
+    transport = transport_error_behind(error)
     if transport is not None:
         failure = diagnose(transport, Call(place_of(transport), "", "", 0), range(watch.board.size))
         failure.__cause__ = error
@@ -116,6 +116,11 @@ def report_exception(error: BaseException) -> BaseException:
 def rank_failure_behind(error: BaseException) -> RankFailure | None:
     """The :class:`RankFailure` that ``error`` is or was raised because of: then this rank is not at fault."""
     return next((one for one in _chain(error) if isinstance(one, RankFailure)), None)
+
+
+def transport_error_behind(error: BaseException) -> BaseException | None:
+    """What torch raised because another rank was gone, if ``error`` was raised because of that."""
+    return next((one for one in _chain(error) if _is_of_transport(one)), None)
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

@@ -11,14 +11,17 @@ import sysconfig
 import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType, FrameType
+from typing import Any, TypeVar
 
 import torch
 
 from colrow.collectives.statistics import Call
+
+T = TypeVar("T")
 
 _COLROW = f"{Path(__file__).parents[1]}{os.sep}"
 _COLLECTIVES = tuple(f"{_COLROW}{folder}{os.sep}" for folder in ("collectives", "transport"))
@@ -58,6 +61,11 @@ def current_position() -> Position:
     return Position(place=_place(main) if main is not None else "")
 
 
+def compute_meanwhile(function: Callable[..., T], *arguments: Any, **keywords: Any) -> T:
+    """Call a function that computes, within something that waits otherwise, such as a pipeline's step."""
+    return function(*arguments, **keywords)
+
+
 def describe_collective(operation: str, label: str) -> str:
     """How errors name a collective."""
     return f"{operation} {label!r}" if label else operation
@@ -66,6 +74,8 @@ def describe_collective(operation: str, label: str) -> str:
 def _collective_of(innermost: FrameType) -> Position | None:
     """The collective of colrow's that a thread waits in, if any: the ``wait`` of a :class:`Pending`."""
     for frame, _ in traceback.walk_stack(innermost):
+        if frame.f_code is compute_meanwhile.__code__:
+            return None
         pending = frame.f_locals.get("self") if frame.f_code.co_name == "wait" else None
         call = getattr(pending, "_call", None)
         if isinstance(call, Call):

@@ -15,6 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 from colrow.collectives import communicator
 from colrow.data_shards import let_go_of_gathered
 from colrow.mesh import replicas
+from colrow.parallel.pipeline.pipeline import Pipeline
+from colrow.parallel.pipeline.replicate import replicate_stages
 from colrow.replicas import check_equal_weights
 from colrow.state import parallel_module
 
@@ -28,15 +30,17 @@ def data_parallel(model: nn.Module, mesh: DeviceMesh, kind: Kind = "ddp") -> nn.
     other functions of colrow take the result as they take the model: norms, clipping, counts, checkpoints.
 
     Args:
-        model: from :func:`colrow.parallelize`, with the same weights on all replicas.
+        model: from :func:`colrow.parallelize` or :func:`colrow.pipeline_parallel`, with the same weights on
+            all replicas.
         mesh: with a dimension ``dp``.
         kind: ``"ddp"``: every replica holds its parameters, gradients and optimizer state
             (``DistributedDataParallel``, whose wrapper is returned). ``"fsdp"``: replicas share them too
             (``fully_shard`` of each layer of a list of layers and of the rest, in place); parameters become
-            DTensors, so the optimizer is made afterwards.
+            DTensors, so the optimizer is made afterwards. Of a pipeline, each unit; its parameters are whole
+            from a step's first micro-batch to its last.
 
     Returns:
-        What the training loop calls.
+        What the training loop calls; a pipeline itself.
 
     Raises:
         ValueError: if the model has not been parallelized, or the mesh has no dimension ``dp``.
@@ -47,6 +51,9 @@ def data_parallel(model: nn.Module, mesh: DeviceMesh, kind: Kind = "ddp") -> nn.
     shared = replicas(mesh)
     module = parallel_module(model)
     check_equal_weights(module, communicator(shared))
+    if isinstance(model, Pipeline):
+        replicate_stages(model, shared, kind)
+        return model
     if kind == "ddp":
         devices = [torch.cuda.current_device()] if mesh.device_type == "cuda" else None
         return DistributedDataParallel(model, device_ids=devices, process_group=shared.get_group())
@@ -78,14 +85,18 @@ def _layers(model: nn.Module) -> list[nn.Module]:
 def no_gradient_sync(model: nn.Module) -> Iterator[None]:
     """A context for all micro-batches of a step but the last: gradients stay where they are.
 
-    They add up on each replica, and are averaged with those of the last micro-batch. A model without
-    replicas is left as it is, so that one loop serves all.
+    Or, of a pipeline, for all steps before the optimizer's but the last. They add up on each replica, and are
+    averaged with those of the last micro-batch. A model without replicas is left as it is, so that one loop
+    serves all.
 
     Args:
         model: what :func:`data_parallel` returned.
     """
     if isinstance(model, DistributedDataParallel):
         with model.no_sync():
+            yield
+    elif isinstance(model, Pipeline):
+        with model.without_sync():
             yield
     elif isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(False)

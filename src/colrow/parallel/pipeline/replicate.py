@@ -1,0 +1,136 @@
+"""Replicas of a pipeline: gradients averaged once a step, and parameters shared among replicas if asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+from colrow.collectives import Communicator, communicator
+from colrow.parallel.pipeline.gradients import average_over_replicas
+from colrow.parallel.pipeline.pipeline import Pipeline
+
+
+def replicate_stages(pipeline: Pipeline, mesh: DeviceMesh, kind: str) -> None:
+    """Let replicas of a pipeline train as one; see :func:`colrow.data_parallel`.
+
+    Args:
+        pipeline: changed in place.
+        mesh: of the replicas of this rank's stages.
+        kind: ``ddp`` or ``fsdp``.
+    """
+    ranks = communicator(mesh)
+    if kind == "ddp":
+        pipeline.set_replicas(_Averaged(pipeline.model, ranks))
+        return
+    units = pipeline.units()
+    pipeline.set_replicas(_Sharded(pipeline.model, _shard(pipeline.model, units, mesh), ranks))
+
+
+class _Averaged:
+    """Every replica holds its stages; gradients are averaged in buckets after the schedule.
+
+    Which suits schedules better than ``DistributedDataParallel``, whose reductions begin in a backward pass
+    and expect each parameter in it once.
+    """
+
+    def __init__(self, model: nn.Module, ranks: Communicator) -> None:
+        self._model, self._ranks = model, ranks
+
+    def begin(self) -> None:
+        """Nothing is to be prepared."""
+
+    def end(self) -> None:
+        """Nothing is to be let go of."""
+
+    def finish(self, syncs: bool, sum_shared: Callable[[], None], put_back: Callable[[], None]) -> None:
+        """Sum what stages share, then average."""
+        sum_shared()
+        if syncs:
+            average_over_replicas(self._model.parameters(), self._ranks)
+
+
+class _Sharded:
+    """Replicas share the parameters of each unit, by FSDP.
+
+    They are gathered when a step begins and let go of when it ends: for each micro-batch anew, they would be
+    gathered many times.
+    """
+
+    def __init__(self, model: nn.Module, modules: list[Any], ranks: Communicator) -> None:
+        self._model, self._modules, self._ranks = model, modules, ranks
+
+    def begin(self) -> None:
+        """Gather the parameters, and leave gradients where they are until the step's end."""
+        for module in self._modules:
+            module.set_is_last_backward(False)
+            module.set_reshard_after_backward(False)
+            module.set_requires_gradient_sync(False)
+        if self._modules:
+            for module in self._modules:
+                module.unshard()
+
+    def end(self) -> None:
+        """Let go of what was gathered."""
+        for module in self._modules:
+            module.reshard()
+
+    def finish(self, syncs: bool, sum_shared: Callable[[], None], put_back: Callable[[], None]) -> None:
+        """Reduce gradients to the parts that replicas hold, then sum what stages share."""
+        if not syncs:
+            put_back()
+            return
+        for module in self._modules:
+            module.set_is_last_backward(True)
+            module.set_reshard_after_backward(True)
+            module.set_requires_gradient_sync(True)
+            _reduce(module)
+        average_over_replicas(
+            (one for one in self._model.parameters() if type(one) is nn.Parameter), self._ranks
+        )
+        sum_shared()
+
+
+def _reduce(module: Any) -> None:
+    """What FSDP does at the end of a backward pass, as torch's own stages have it done."""
+    state = module._get_fsdp_state()
+    for one in state._state_ctx.all_states:
+        groups = getattr(one, "_fsdp_param_groups", None)
+        if groups is None:  # torch before 2.12
+            groups = [one._fsdp_param_group] if one._fsdp_param_group is not None else []
+        for group in groups:
+            group.post_backward()
+    state._root_post_backward_final_callback()
+
+
+def _shard(model: nn.Module, units: list[nn.Module], mesh: DeviceMesh) -> list[FSDPModule]:
+    """Shard the units over replicas; those that share a parameter with another of this rank stay whole."""
+    readers: dict[int, int] = {}
+    for unit in units:
+        for parameter in unit.parameters():
+            readers[id(parameter)] = readers.get(id(parameter), 0) + 1
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for leaf, slot in module._parameters.items():
+            if slot is not None:
+                places.setdefault(id(slot), []).append((module, leaf))
+    sharded: list[FSDPModule] = []
+    for unit in units:
+        own = list(unit.parameters())
+        if not own or any(readers[id(parameter)] > 1 for parameter in own):
+            continue
+        found = [places[id(parameter)] for parameter in own]
+        inside = set(unit.modules())
+        fully_shard(unit, mesh=mesh, reshard_after_forward=False)
+        for slots in found:
+            # other places of a tied parameter, whose units compute on other stages
+            own_module, own_leaf = next(slot for slot in slots if slot[0] in inside)
+            for module, leaf in slots:
+                if module not in inside:
+                    module._parameters[leaf] = own_module._parameters[own_leaf]
+        assert isinstance(unit, FSDPModule)
+        sharded.append(unit)
+    return sharded
