@@ -11,7 +11,7 @@ from typing import Any
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-import deepspeed  # type: ignore[import-not-found]
+import deepspeed
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel, LlamaForCausalLM
 

@@ -23,7 +23,7 @@ from colrow.state import parallel_module
 Kind = Literal["ddp", "fsdp"]
 
 
-def data_parallel(model: nn.Module, mesh: DeviceMesh, kind: Kind = "ddp") -> nn.Module:
+def data_parallel(model: nn.Module, mesh: DeviceMesh, kind: Kind = "ddp", **options: Any) -> nn.Module:
     """Let the ``dp`` replicas of a parallelized model train as one, each on its own part of the data.
 
     Gradients are averaged over the replicas; :func:`token_weight` makes that the mean over all tokens. The
@@ -38,12 +38,14 @@ def data_parallel(model: nn.Module, mesh: DeviceMesh, kind: Kind = "ddp") -> nn.
             (``fully_shard`` of each layer of a list of layers and of the rest, in place); parameters become
             DTensors, so the optimizer is made afterwards. Of a pipeline, each unit; its parameters are whole
             from a step's first micro-batch to its last.
+        options: of ``DistributedDataParallel``, such as ``find_unused_parameters=True``, or ``fully_shard``.
 
     Returns:
         What the training loop calls; a pipeline itself.
 
     Raises:
-        ValueError: if the model has not been parallelized, or the mesh has no dimension ``dp``.
+        ValueError: if the model has not been parallelized, the mesh has no dimension ``dp``, or a pipeline is
+            given options.
         PlanError: if the replicas' weights differ.
     """
     if kind not in get_args(Kind):
@@ -52,14 +54,16 @@ def data_parallel(model: nn.Module, mesh: DeviceMesh, kind: Kind = "ddp") -> nn.
     module = parallel_module(model)
     check_equal_weights(module, communicator(shared))
     if isinstance(model, Pipeline):
+        if options:
+            raise ValueError(f"the stages of a pipeline take no options: leave out {', '.join(options)}")
         replicate_stages(model, shared, kind)
         return model
     if kind == "ddp":
         devices = [torch.cuda.current_device()] if mesh.device_type == "cuda" else None
-        return DistributedDataParallel(model, device_ids=devices, process_group=shared.get_group())
+        return DistributedDataParallel(model, device_ids=devices, process_group=shared.get_group(), **options)
     for layer in _layers(module):
-        fully_shard(layer, mesh=shared)
-    fully_shard(model, mesh=shared)
+        fully_shard(layer, mesh=shared, **options)
+    fully_shard(model, mesh=shared, **options)
     model.register_forward_hook(_at_rest)
     return model
 

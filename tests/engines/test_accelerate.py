@@ -1,0 +1,132 @@
+"""The example with accelerate trains as plain PyTorch does in one process that has all data."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.utils.data import DataLoader
+
+import colrow
+from tests.engines import in_double
+from tests.engines.job import BATCH, largest_difference, numbers_in, run_example, train_plainly, write_job
+from tests.pool import Pool, worker_mesh
+
+accelerate = pytest.importorskip("accelerate")
+
+from accelerate.state import AcceleratorState  # noqa: E402
+
+from colrow.engines.accelerate import Accelerator  # noqa: E402
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_the_example(tmp_path: Path, ranks: int) -> None:
+    model, text = write_job(tmp_path, torch.float64)
+    printed = run_example("with_accelerate", ranks, model, text, tmp_path / "out")
+    order = torch.Generator().manual_seed(0)
+    batches = DataLoader(text.read_text().splitlines(), BATCH, shuffle=True, generator=order)
+    with in_double.staying_in_double():
+        expected, numbers = train_plainly(model, batches, itertools.repeat(1e-3))
+    assert len(numbers) == 6
+    np.testing.assert_allclose(numbers_in(printed), numbers, rtol=1e-9)
+    assert largest_difference(expected, tmp_path / "out") < 1e-9
+
+
+def _each_replica_counts_once() -> None:
+    accelerator = Accelerator(worker_mesh(tp=2, dp=2))
+    loader = accelerator.prepare_data_loader(DataLoader(torch.arange(10), 3))
+    seen, named = [], []
+    for batch in loader:
+        seen.append(accelerator.gather_for_metrics(batch))
+        named += accelerator.gather_for_metrics([f"item {one}" for one in batch])
+    # 10 items are 6 in the first step and 4 in the second, which two of the first fill up
+    assert torch.cat(seen).tolist() == list(range(10))
+    assert named == [f"item {one}" for one in range(10)]
+    replica = torch.tensor(accelerator.mesh.get_local_rank("dp") + 1)
+    assert accelerator.gather(replica).tolist() == [1, 2]
+    assert accelerator.gather({"of both": replica[None, None]})["of both"].tolist() == [[1], [2]]
+    assert accelerator.reduce(replica).item() == 3
+    assert accelerator.reduce(replica.double(), "mean").item() == 1.5
+    with pytest.raises(ValueError, match="'sum', 'mean' or 'none'"):
+        accelerator.reduce(replica, "max")
+
+
+def _goes_on(folder: Path) -> None:
+    mesh = worker_mesh(tp=2, dp=2)
+    accelerator = Accelerator(mesh, gradient_accumulation_steps=2)
+    torch.manual_seed(0)
+    whole = nn.Sequential(nn.Linear(6, 9), nn.GELU(), nn.Dropout(0.2), nn.Linear(9, 3)).double()
+    model = colrow.parallelize(whole, mesh, (torch.rand(2, 6, dtype=torch.float64),))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+    generator = torch.Generator().manual_seed(mesh.get_local_rank("dp"))
+    prepared = accelerator.prepare(model, optimizer, schedule)
+
+    def train() -> torch.Tensor:
+        model, optimizer, schedule = prepared
+        for _ in range(2):
+            with accelerator.accumulate(model):
+                x = torch.rand(4, 6, dtype=torch.float64, generator=generator)
+                accelerator.backward(model(x).square().mean())
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(model.parameters(), 0.01)
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+        colrow.check_replicas(model)
+        return torch.cat([parameter.detach().flatten().clone() for parameter in model.parameters()])
+
+    first = train()
+    accelerator.save_state(folder)
+    state = generator.get_state()
+    second = train()
+    assert not torch.equal(first, second)
+    accelerator.load_state(folder)
+    generator.set_state(state)
+    assert torch.equal(train(), second)  # with dropout, and at the schedule's rate
+    with pytest.raises(ValueError, match=r"clip model.parameters\(\)"):
+        accelerator.clip_grad_norm_(list(model.parameters())[:1], 1.0)
+    with pytest.raises(ValueError, match="save_pretrained"):
+        accelerator.get_state_dict(prepared[0])
+
+
+def _wrong_calls() -> None:
+    with pytest.raises(ValueError, match=r"tp=\.\.\., dp=\.\.\."):
+        Accelerator(worker_mesh(tp=2, dp=2)["tp"])
+    with pytest.raises(ValueError, match="parallelism_config: the mesh says"):
+        Accelerator(worker_mesh(tp=2, dp=2), parallelism_config=accelerate.ParallelismConfig())
+    with pytest.raises(ValueError, match="has not been parallelized"):
+        Accelerator(worker_mesh(tp=2, dp=2)).prepare_model(nn.Linear(2, 2))
+
+
+def _alone(task: Callable[..., None], *arguments: object) -> None:
+    """accelerate keeps state in the process, and reads what torchrun sets."""
+    rank, size = str(dist.get_rank()), str(dist.get_world_size())
+    variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    with mock.patch.dict(os.environ, variables):
+        try:
+            task(*arguments)
+        finally:
+            AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_each_replica_counts_once(ranks: Callable[[int], Pool]) -> None:
+    ranks(4).run(_alone, _each_replica_counts_once)
+
+
+def test_going_on_from_a_saved_state(ranks: Callable[[int], Pool], tmp_path: Path) -> None:
+    ranks(4).run(_alone, _goes_on, tmp_path)
+
+
+def test_wrong_calls(ranks: Callable[[int], Pool]) -> None:
+    ranks(4).run(_alone, _wrong_calls)
