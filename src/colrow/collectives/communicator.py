@@ -172,6 +172,22 @@ class Communicator(RankGroup):
             "all_to_all", label, source, given, taken, lambda row: joined(row, concat_dimension, shapes)
         )
 
+    def start_shift(self, tensor: Tensor, shape: Sequence[int], *, label: str = "") -> Pending:
+        """``tensor`` goes to the next rank of a ring of all ranks; what the previous one gives comes in.
+
+        Args:
+            tensor: any shape, which may differ between ranks; the same dtype on every rank.
+            shape: of the tensor that the previous rank gives.
+            label: names the collective in errors and statistics.
+        """
+        if self.size == 1:
+            return Pending.completed(tensor.clone())
+        source = tensor.contiguous().view(-1)
+        given, taken = [0] * self.size, [0] * self.size
+        given[(self.rank + 1) % self.size] = source.numel()
+        taken[self.rank - 1] = math.prod(shape)
+        return self._exchange("shift", label, source, given, taken, lambda row: row.view(tuple(shape)))
+
     def _exchange(
         self,
         operation: str,

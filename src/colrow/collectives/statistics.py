@@ -14,7 +14,7 @@ class Call:
 
     Attributes:
         operation: ``all_reduce``, ``all_gather``, ``reduce_scatter``, ``all_to_all``, ``broadcast``,
-            ``reduce``, ``gather`` or ``barrier``.
+            ``reduce``, ``gather``, ``shift`` or ``barrier``.
         label: the action and the module path it serves, such as ``"exit model.layers.0.mlp.down_proj"``.
         phase: ``forward`` or ``backward`` (also what activation checkpointing recomputes in backward).
         bytes: size of the payload in bytes: the reduced tensor, or the gathered one.
