@@ -81,6 +81,7 @@ def _norm_of(parameters: Sequence[PlacedParameter], state: ParallelState, norm_t
     norm = _norm_on_stages(own, state.communicator, norm_type)
     is_max = norm_type == float("inf")
     power = norm if is_max else norm**norm_type
+    power = power.to(state.mesh.device_type)
     total = _total(power.reshape(1), state.pipeline.communicator, is_max).reshape(())
     return total if is_max else total ** (1 / norm_type)
 

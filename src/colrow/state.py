@@ -25,14 +25,25 @@ class PipelineShare:
     Attributes:
         communicator: the ranks along ``pp``.
         holders: by first name of every parameter of the model, the ranks along ``pp`` that hold it.
+        parameter_names: all names of all parameters.
         element_sizes: by the same names, bytes of an element.
         buffers: by name of every buffer, the rank along ``pp`` whose buffer counts.
     """
 
     communicator: Communicator
     holders: dict[str, tuple[int, ...]]
+    parameter_names: frozenset[str]
     element_sizes: dict[str, int]
     buffers: dict[str, int]
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Names of what other ranks may hold."""
+        return self.parameter_names | self.buffers.keys()
+
+    def owns_buffer(self, name: str) -> bool:
+        """Whether it is this rank's buffer that counts."""
+        return self.buffers.get(name, self.communicator.rank) == self.communicator.rank
 
     def is_first_holder(self, name: str) -> bool:
         """Whether of the ranks that hold a parameter this is the first: the one on which it counts."""
@@ -64,9 +75,14 @@ class ParallelState:
     def is_first_replica(self) -> bool:
         """Whether this rank belongs to the first of the model's replicas: the one that writes files.
 
-        That is the group with the first rank of the whole mesh, also if ``mesh`` is one dimension of it.
+        That is the group with the first rank of the whole mesh, also if ``mesh`` is one dimension of it; of a
+        pipeline, with the first of the ranks that have the same stages.
         """
-        return int(root_mesh(self.mesh).mesh.flatten()[0]) in self.communicator.global_ranks
+        root = root_mesh(self.mesh)
+        ranks = root.mesh
+        if self.pipeline is not None:
+            ranks = ranks.select((root.mesh_dim_names or ()).index("pp"), self.pipeline.communicator.rank)
+        return int(ranks.flatten()[0]) in self.communicator.global_ranks
 
     def __deepcopy__(self, memo: dict[int, object]) -> ParallelState:
         return self  # immutable, and process groups cannot be copied

@@ -21,13 +21,22 @@ _NOBODY = -(2**62)
 class Holders:
     """All ranks of the mesh that a model was parallelized with, or of the mesh that this was sliced from.
 
-    Ranks along the other dimensions than the tensor-parallel one hold replicas. Every holder calls every
-    method, in the same order; all of them return or raise together.
+    Ranks along the other dimensions than the tensor-parallel one hold replicas, or other stages of a
+    pipeline. Every holder calls every method, in the same order; all of them return or raise together.
+
+    Args:
+        state: of the model.
+        of_stage: only those of this rank's pipeline stages, who hold the same parameters.
     """
 
-    def __init__(self, state: ParallelState) -> None:
+    def __init__(self, state: ParallelState, *, of_stage: bool = False) -> None:
         root = root_mesh(state.mesh)
-        self._groups = [communicator(root.get_group(dimension)) for dimension in range(root.ndim)]
+        names = root.mesh_dim_names or ("",) * root.ndim
+        self._groups = [
+            communicator(root.get_group(dimension))
+            for dimension, name in enumerate(names)
+            if not (of_stage and name == "pp")
+        ]
         self._device = state.mesh.device_type
         self._rank = state.communicator.global_ranks[state.communicator.rank]
 

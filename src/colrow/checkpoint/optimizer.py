@@ -14,9 +14,10 @@ from colrow.checkpoint.holders import Holders
 from colrow.checkpoint.optimizer_state import OptimizerState, Source
 from colrow.checkpoint.reader import SafetensorsFolder
 from colrow.checkpoint.shards import Saved, write_global
+from colrow.collectives.texts import all_gather_texts
 from colrow.data_shards import cut_like, let_go_of_gathered
 from colrow.layout import TensorLayout
-from colrow.state import PlacedParameter, parallel_module, placed_parameters, state_of
+from colrow.state import PipelineShare, PlacedParameter, parallel_module, placed_parameters, state_of
 
 _STEM = "optimizer"
 _GROUPS = "groups"
@@ -55,8 +56,8 @@ def save_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, folder: s
     """
     state = state_of(model)
     let_go_of_gathered(parallel_module(model))
-    holders = Holders(state)
-    label = f"save {folder}"
+    holders, label = Holders(state), f"save {folder}"
+    alike = Holders(state, of_stage=True)
     placed = list(placed_parameters(model))
     kept = OptimizerState(optimizer)
     values = kept.of([one.parameter for one in placed])
@@ -67,16 +68,21 @@ def save_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, folder: s
             for one, own in zip(placed, values, strict=True)
             for entry in _entries(one, own, kept.source(one.parameter))
         ]
-    holders.require_same(
+    alike.require_same(
         "\n".join([groups, *(entry.name for entry in entries)]),
         "the optimizers of the ranks have different options, or state of different parameters",
         label,
     )
-    layouts = _layouts(entries, holders, label)
+    layouts = _layouts(entries, alike, label)
+    if state.pipeline is not None:
+        with holders.together(label):
+            pass  # before stages wait for each other
+        groups = _groups_of_stages(groups, state.pipeline, state.mesh.device_type, label)
     saved = [
         # numbers are everywhere
         Saved(entry.name, entry.value, layout, entry.source if entry.value.dim() else None)
         for entry, layout in zip(entries, layouts, strict=True)
+        if state.pipeline is None or state.pipeline.is_first_holder(entry.placed.name)
     ]
     write_global(Path(folder), _STEM, saved, state, metadata={_GROUPS: groups})
 
@@ -100,6 +106,24 @@ def _describe_groups(model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
                 ) from error
         described.append(options | {_NAMES: own_names})
     return json.dumps(described)
+
+
+def _groups_of_stages(groups: str, pipeline: PipelineShare, device: str, label: str) -> str:
+    """The parameter groups of all stages' optimizers as those of one.
+
+    Raises:
+        ValueError: if their options differ; on all ranks.
+    """
+    texts = all_gather_texts(pipeline.communicator, groups, device, label=label)
+    every = [json.loads(text) for text in texts]
+    options = [[{key: one[key] for key in one if key != _NAMES} for one in each] for each in every]
+    if any(one != options[0] for one in options):
+        raise ValueError("the optimizers of the pipeline's stages have different groups, or other options")
+    merged = []
+    for number, own in enumerate(options[0]):
+        names = dict.fromkeys(name for each in every for name in each[number][_NAMES])
+        merged.append(own | {_NAMES: list(names)})
+    return json.dumps(merged)
 
 
 def _parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[list[str]]:
@@ -180,6 +204,11 @@ def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, folder: s
     if _GROUPS not in files.metadata:
         raise ValueError(f"the optimizer state in {folder} was not written by colrow.save_optimizer")
     groups: list[dict[str, Any]] = json.loads(files.metadata[_GROUPS])
+    if state.pipeline is not None:
+        # what stages on other ranks train is no business of this one's optimizer
+        others = state.pipeline.holders.keys() - {one.name for one in placed_parameters(model)}
+        for group in groups:
+            group[_NAMES] = [name for name in group[_NAMES] if name not in others]
     _check_groups(groups, _parameter_names(model, optimizer))
     keys: dict[str, list[str]] = {}
     for name in sorted(files.names):

@@ -49,9 +49,12 @@ def save_pretrained(model: nn.Module, folder: str | Path, *, bytes_per_file: int
     saved = [
         Saved(_saved_name(module, placed), placed.parameter, placed.layout)
         for placed in placed_parameters(module)
+        if state.pipeline is None or state.pipeline.is_first_holder(placed.name)
     ]
     saved += [
-        Saved(name, buffer, TensorLayout(tuple(buffer.shape))) for name, buffer in _persistent_buffers(module)
+        Saved(name, buffer, TensorLayout(tuple(buffer.shape)))
+        for name, buffer in _persistent_buffers(module)
+        if state.pipeline is None or state.pipeline.owns_buffer(name)
     ]
     write_global(
         Path(folder),
@@ -178,7 +181,8 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
             f"{len(lost)} buffers are on the meta device, and checkpoints do not hold them: {_first(lost)}. "
             "Build the model in colrow.checkpoint.parameters_on_meta(), which leaves buffers real"
         )
-    unknown = sorted(files.names - {name for names, _, _ in targets for name in names})
+    elsewhere = state.pipeline.names if state.pipeline is not None else frozenset()
+    unknown = sorted(files.names - {name for names, _, _ in targets for name in names} - elsewhere)
     if unknown:
         warnings.warn(f"{folder} has tensors that the model does not: {_first(unknown)}", stacklevel=2)
     for (names, tensor, layout), source in zip(targets, sources, strict=True):

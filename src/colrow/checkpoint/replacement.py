@@ -28,6 +28,11 @@ _PARTIAL = ".partial"
 _PREVIOUS = ".previous"
 
 
+def partial_path(folder: Path, name: str) -> Path:
+    """Where a file of a save is written before it gets its name, by any rank."""
+    return folder / (name + _PARTIAL)
+
+
 class Replacement:
     """The files of one save into one folder. A context manager: what is not committed is deleted.
 
@@ -86,7 +91,7 @@ class Replacement:
 
     def partial(self, name: str) -> Path:
         """Where to write the file that shall be called ``name``."""
-        return self._folder / (name + _PARTIAL)
+        return partial_path(self._folder, name)
 
     def commit(self, index: str) -> None:
         """Put the files in place of the old ones; ``index`` is the content of the index, if one is needed."""

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from colrow.checkpoint.holders import Holders
 from colrow.checkpoint.optimizer_state import Source
-from colrow.checkpoint.replacement import Replacement
+from colrow.checkpoint.replacement import Replacement, partial_path
+from colrow.checkpoint.stages import names_for_stages, stages_of
 from colrow.checkpoint.writer import SafetensorsWriter, TensorSpec
 from colrow.collectives import Communicator
 from colrow.data_shards import joined
@@ -78,7 +79,8 @@ def write_global(
     """Write all ranks' shards as global tensors; called by every rank that holds the model.
 
     The first rank of the first replica receives one tensor's shards at a time and puts them where they
-    belong in the file, which is mapped into memory. Nobody returns before the files are complete; after each
+    belong in the file, which is mapped into memory. Of a pipeline each stage does that with its own files, in
+    a folder that all of them see. Nobody returns before the files are complete; after each
     file all holders learn whether it was written, and if not, all raise.
 
     Args:
@@ -98,25 +100,29 @@ def write_global(
     saved = list(tensors)
     with holders.together(label):
         names = [f"{one.name} {one.spec.dtype_name} {one.layout.shape}" for one in saved]
-    holders.require_same(
+    Holders(state, of_stage=True).require_same(
         "\n".join(names),
         "the ranks of the mesh hold tensors of different names, dtypes or shapes: along its other dimensions "
-        "than tp they must be replicas of one model",
+        "than tp and pp they must be replicas of one model",
         label,
     )
     takes_part = state.is_first_replica
-    is_writer = takes_part and ranks.rank == 0
-    groups = split_files([one.spec for one in saved], bytes_per_file)
+    own = split_files([one.spec for one in saved], bytes_per_file)
+    stage, stages = stages_of(own, state, label)
+    groups = [specs for each in stages for specs in each]
+    before = sum(len(each) for each in stages[:stage])
     by_name = {one.name: one for one in saved}
     with ExitStack() as stack:
         with holders.together(label):
             replacement = None
-            if is_writer:
+            if takes_part and ranks.rank == 0 and stage == 0:
                 replacement = stack.enter_context(Replacement(folder, stem, len(groups)))
-        for number, specs in enumerate(groups):
+        files = names_for_stages(replacement.names if replacement else [], state, label)
+        for number in range(max(len(each) for each in stages)):
             error = None
-            if takes_part:
-                path = replacement.partial(replacement.names[number]) if replacement else None
+            specs = stages[stage][number] if number < len(stages[stage]) else []
+            if takes_part and number < len(stages[stage]):
+                path = partial_path(folder, files[before + number]) if ranks.rank == 0 else None
                 strings = metadata if len(groups) == 1 else None
                 error = _write_file(path, specs, by_name, ranks, strings)
             else:

@@ -160,12 +160,13 @@ def _cut(
     held = frozenset().union(*(stage.parameters for stage in own))
     called = {recording.calls[index].path for stage in own for index in range(stage.first, stage.last)}
     sizes = {name: parameter.element_size() for name, parameter in model.named_parameters()}
+    all_names = frozenset(name for name, _ in model.named_parameters(remove_duplicate=False))
     buffers = _buffer_ranks(model, recording, layout)
     for path, module in units_of(model).items():
         if path in {call.path for call in recording.calls}:
             UnitForward(path, module, frame, path in called).attach()
     release_parameters(model, held, flow.outside, device)
-    share = PipelineShare(ranks, dict(layout.holders), sizes, buffers)
+    share = PipelineShare(ranks, dict(layout.holders), all_names, sizes, buffers)
     attach_state(model, replace(state, pipeline=share))
     refuse_own_save(model)
     shared = SharedGradients(model, held, layout.holders, ranks)
