@@ -40,7 +40,7 @@ def digest(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
 
 
-def _first_difference(tensors: Sequence[Tensor], ranks: Communicator, label: str) -> int | None:
+def first_difference(tensors: Sequence[Tensor], ranks: Communicator, label: str) -> int | None:
     """Index of the first tensor that is not the same on all ranks; the same answer on each of them."""
     if ranks.size == 1 or not tensors:
         return None
@@ -57,7 +57,7 @@ def check_equal_weights(model: nn.Module, ranks: Communicator) -> None:
         PlanError: naming the first parameter that differs; on every rank.
     """
     named = [(name, one) for name, one in model.named_parameters() if not one.is_meta]
-    found = _first_difference([one for _, one in named], ranks, "compare the ranks' weights")
+    found = first_difference([one for _, one in named], ranks, "compare the ranks' weights")
     if found is not None:
         raise PlanError(
             named[found][0],
@@ -83,7 +83,7 @@ def check_replicas(model: nn.Module) -> None:
             if placed.parameter.grad is not None:
                 named.append((f"the gradient of {placed.name}", held(placed.parameter.grad)))
     state = state_of(model)
-    found = _first_difference([one for _, one in named], state.communicator, "check replicas")
+    found = first_difference([one for _, one in named], state.communicator, "check replicas")
     if found is not None:
         raise PlanError(
             named[found][0],
@@ -107,7 +107,7 @@ def _check_stages(model: nn.Module, pipeline: PipelineShare) -> None:
         named = sorted(shared[members], key=lambda one: one.name)
         tensors = [held(one.parameter) for one in named]
         tensors += [held(one.parameter.grad) for one in named if one.parameter.grad is not None]
-        found = _first_difference(tensors, ranks.subgroup(members), "check stages")
+        found = first_difference(tensors, ranks.subgroup(members), "check stages")
         if found is not None:
             differing = named[found % len(named)].name
     texts = all_gather_texts(ranks, differing, next(model.parameters()).device, label="check stages")

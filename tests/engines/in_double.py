@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest import mock
 
-from transformers.loss.loss_utils import LOSS_MAPPING
+from transformers.loss import loss_utils
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from tests.apply.double import _causal_loss, _normalise
@@ -22,7 +22,8 @@ def staying_in_double() -> Iterator[None]:
     """In this process, as long as the context lasts."""
     with (
         mock.patch.object(LlamaRMSNorm, "forward", _normalise),
-        mock.patch.dict(LOSS_MAPPING, {"ForCausalLM": _causal_loss}),
+        mock.patch.dict(loss_utils.LOSS_MAPPING, {"ForCausalLM": _causal_loss}),
+        mock.patch.object(loss_utils, "ForCausalLMLoss", _causal_loss),  # Trainer asks which one it is
     ):
         yield
 

@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import itertools
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 import colrow
 from tests.engines import in_double
+from tests.engines.in_pool import on_its_own
 from tests.engines.job import BATCH, largest_difference, numbers_in, run_example, train_plainly, write_job
 from tests.pool import Pool, worker_mesh
 
 accelerate = pytest.importorskip("accelerate")
 
-from accelerate.state import AcceleratorState  # noqa: E402
+from accelerate import DataLoaderConfiguration  # noqa: E402
 
 from colrow.engines.accelerate import Accelerator  # noqa: E402
 
@@ -42,6 +40,11 @@ def test_the_example(tmp_path: Path, ranks: int) -> None:
     assert largest_difference(expected, tmp_path / "out") < 1e-9
 
 
+class _Stream(IterableDataset[int]):
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(12))
+
+
 def _each_replica_counts_once() -> None:
     accelerator = Accelerator(worker_mesh(tp=2, dp=2))
     loader = accelerator.prepare_data_loader(DataLoader(torch.arange(10), 3))
@@ -52,6 +55,13 @@ def _each_replica_counts_once() -> None:
     # 10 items are 6 in the first step and 4 in the second, which two of the first fill up
     assert torch.cat(seen).tolist() == list(range(10))
     assert named == [f"item {one}" for one in range(10)]
+    streamed = accelerator.prepare_data_loader(DataLoader(_Stream(), 3))
+    own = torch.cat([*streamed])
+    assert (
+        own.tolist() == [0, 1, 2, 6, 7, 8]
+        if accelerator.mesh.get_local_rank("dp") == 0
+        else [3, 4, 5, 9, 10, 11]
+    )
     replica = torch.tensor(accelerator.mesh.get_local_rank("dp") + 1)
     assert accelerator.gather(replica).tolist() == [1, 2]
     assert accelerator.gather({"of both": replica[None, None]})["of both"].tolist() == [[1], [2]]
@@ -105,28 +115,20 @@ def _wrong_calls() -> None:
         Accelerator(worker_mesh(tp=2, dp=2)["tp"])
     with pytest.raises(ValueError, match="parallelism_config: the mesh says"):
         Accelerator(worker_mesh(tp=2, dp=2), parallelism_config=accelerate.ParallelismConfig())
+    config = DataLoaderConfiguration(dispatch_batches=True)
+    with pytest.raises(ValueError, match="dispatch_batches gives all replicas the same"):
+        Accelerator(worker_mesh(tp=2, dp=2), dataloader_config=config)
     with pytest.raises(ValueError, match="has not been parallelized"):
         Accelerator(worker_mesh(tp=2, dp=2)).prepare_model(nn.Linear(2, 2))
 
 
-def _alone(task: Callable[..., None], *arguments: object) -> None:
-    """accelerate keeps state in the process, and reads what torchrun sets."""
-    rank, size = str(dist.get_rank()), str(dist.get_world_size())
-    variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
-    with mock.patch.dict(os.environ, variables):
-        try:
-            task(*arguments)
-        finally:
-            AcceleratorState._reset_state(reset_partial_state=True)
-
-
 def test_each_replica_counts_once(ranks: Callable[[int], Pool]) -> None:
-    ranks(4).run(_alone, _each_replica_counts_once)
+    ranks(4).run(on_its_own, _each_replica_counts_once)
 
 
 def test_going_on_from_a_saved_state(ranks: Callable[[int], Pool], tmp_path: Path) -> None:
-    ranks(4).run(_alone, _goes_on, tmp_path)
+    ranks(4).run(on_its_own, _goes_on, tmp_path)
 
 
 def test_wrong_calls(ranks: Callable[[int], Pool]) -> None:
-    ranks(4).run(_alone, _wrong_calls)
+    ranks(4).run(on_its_own, _wrong_calls)

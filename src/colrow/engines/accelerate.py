@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,11 +58,13 @@ class Accelerator(accelerate.Accelerator):
         options: of ``accelerate.Accelerator``.
 
     Raises:
-        ValueError: if the mesh has other dimensions, or an option asks for another engine or parallelism.
+        ValueError: if the mesh has other dimensions, or an option asks for another engine, another
+            parallelism or batches that one rank reads for all.
     """
 
     _models: list[nn.Module]
     _optimizers: list[Any]
+    dataloader_config: Any
 
     def __init__(self, mesh: DeviceMesh, **options: Any) -> None:
         require_replicas_and_parts(mesh, "Accelerator")
@@ -70,6 +73,12 @@ class Accelerator(accelerate.Accelerator):
             raise ValueError(f"{', '.join(given)}: the mesh says how the model is divided; leave them out")
         self.mesh = mesh
         super().__init__(**{"cpu": mesh.device_type == "cpu", **options, "parallelism_config": Layout(mesh)})
+        if self.dataloader_config.dispatch_batches:
+            raise ValueError(
+                "dispatch_batches gives all replicas the same batches: each rank reads its own here"
+            )
+        # left to itself, accelerate does dispatch those of iterable data sets
+        self.dataloader_config = dataclasses.replace(self.dataloader_config, dispatch_batches=False)
 
     def prepare_model(
         self, model: nn.Module, device_placement: bool | None = None, evaluation_mode: bool = False
