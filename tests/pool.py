@@ -24,14 +24,16 @@ from torch.distributed.device_mesh import DeviceMesh
 import colrow
 
 COLLECTIVE_SECONDS = 60.0
-_meshes: dict[tuple[int, int, int], DeviceMesh] = {}
+_meshes: dict[tuple[int, int, int, int], DeviceMesh] = {}
 
 
-def worker_mesh(tp: int, dp: int = 1, pp: int = 1) -> DeviceMesh:
+def worker_mesh(tp: int, dp: int = 1, pp: int = 1, ep: int = 1) -> DeviceMesh:
     """In a worker: the mesh of this shape, made once per pool."""
-    if (tp, dp, pp) not in _meshes:
-        _meshes[tp, dp, pp] = colrow.init_mesh(tp=tp, dp=dp, pp=pp, device="cpu", timeout=COLLECTIVE_SECONDS)
-    return _meshes[tp, dp, pp]
+    sizes = (tp, dp, pp, ep)
+    if sizes not in _meshes:
+        limit = COLLECTIVE_SECONDS
+        _meshes[sizes] = colrow.init_mesh(tp=tp, dp=dp, pp=pp, ep=ep, device="cpu", timeout=limit)
+    return _meshes[sizes]
 
 
 def _serve(rank: int, size: int, port: int, connection: Connection) -> None:

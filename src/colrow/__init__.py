@@ -16,6 +16,7 @@ from colrow.parallel import (
     token_weight,
     zero_redundancy_optimizer,
 )
+from colrow.parallel.experts import expert_loads, reset_expert_loads
 from colrow.parameters import ParameterCount, clip_grad_norm_, count_parameters, global_grad_norm
 from colrow.plan import HandPlan, Plan, derive_plan
 from colrow.randomness import manual_seed
@@ -42,6 +43,7 @@ __all__ = [
     "cross_entropy",
     "data_parallel",
     "derive_plan",
+    "expert_loads",
     "global_grad_norm",
     "init_mesh",
     "load_optimizer",
@@ -53,6 +55,7 @@ __all__ = [
     "parallelize",
     "pipeline_parallel",
     "reset_comm_stats",
+    "reset_expert_loads",
     "rule",
     "save_optimizer",
     "save_pretrained",

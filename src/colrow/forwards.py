@@ -67,6 +67,11 @@ class OwnForward:
         raise NotImplementedError
 
 
+def own_forwards(module: nn.Module) -> list[OwnForward]:
+    """The forwards of colrow's that a module has, the outermost first."""
+    return list(_chain(vars(module).get(_OUTERMOST)))
+
+
 def kept_by_forwards(module: nn.Module) -> set[str]:
     """The attributes of a module that :func:`take_back` puts back."""
     return {_FORWARD, _OUTERMOST} if _OUTERMOST in vars(module) else set()

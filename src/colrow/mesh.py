@@ -29,6 +29,7 @@ DIMENSIONS = ("pp", "dp", "ep", "cp", "tp")
 
 _ALWAYS = ("dp", "tp")
 _REPLICAS = ("dp", "ep", "cp")
+_REPLICAS_OF_EXPERTS = ("dp", "cp")
 
 
 def init_mesh(
@@ -104,9 +105,8 @@ def init_mesh(
     step = Step(Call("init_mesh", "", "forward", 0), range(dist.get_world_size()))
     step.wait(lambda: meshes.append(_make(device, sizes)))
     mesh = meshes[0]
-    for group in {
-        id(group): group for group in (*mesh.get_all_groups(), replicas(mesh).get_group())
-    }.values():
+    flattened = (replicas(mesh).get_group(), replicas_of_experts(mesh).get_group())
+    for group in {id(group): group for group in (*mesh.get_all_groups(), *flattened)}.values():
         dist.distributed_c10d._set_pg_timeout(limit, group)
         communicator(group)
     return mesh
@@ -114,7 +114,7 @@ def init_mesh(
 
 def _make(device: str, sizes: Mapping[str, int]) -> DeviceMesh:
     mesh = init_device_mesh(device, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
-    replicas(mesh)  # a group is made by all ranks together
+    replicas(mesh), replicas_of_experts(mesh)  # groups are made by all ranks together
     return mesh
 
 
@@ -175,13 +175,28 @@ def replicas(mesh: DeviceMesh) -> DeviceMesh:
     Raises:
         ValueError: if the mesh has no dimension ``dp``.
     """
-    names = mesh.mesh_dim_names or ()
-    if "dp" not in names:
+    return _together(mesh, _REPLICAS, "replicas")
+
+
+def replicas_of_experts(mesh: DeviceMesh) -> DeviceMesh:
+    """The ranks that hold the same parts of experts, which are divided over ``ep``: of ``dp`` and ``cp``.
+
+    Raises:
+        ValueError: if the mesh has no dimension ``dp``.
+    """
+    return _together(mesh, _REPLICAS_OF_EXPERTS, "replicas_of_experts")
+
+
+def _together(mesh: DeviceMesh, dimensions: tuple[str, ...], name: str) -> DeviceMesh:
+    """The ranks along several dimensions as one."""
+    if "dp" not in (mesh.mesh_dim_names or ()):
         raise ValueError("the mesh has no dimension dp: make it with colrow.init_mesh(tp=..., dp=...)")
-    several = tuple(name for name in _REPLICAS if size_of(mesh, name) > 1)
+    several = tuple(one for one in dimensions if size_of(mesh, one) > 1)
     if len(several) < 2:
         return mesh[several[0] if several else "dp"]
-    return mesh[several]._flatten("replicas")  # the same one each time
+    if size_of(mesh, "ep") == 1:
+        name = "replicas"  # of everything
+    return mesh[several]._flatten(name)  # the same one each time
 
 
 def mesh_table(mesh: DeviceMesh) -> str:

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from math import prod
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from colrow.collectives import Communicator, communicator
+from colrow.collectives import Communicator, Group, communicator
 from colrow.data_shards import data_groups, held, joined
 from colrow.state import ParallelState, PlacedParameter, placed_parameters, state_of
 
@@ -57,8 +56,9 @@ def global_grad_norm(model: nn.Module, norm_type: float = 2.0) -> Tensor:
 
     One all-reduce of a few numbers, which also checks that the ranks have gone through the same collectives.
     Sharded gradients are summed over the tensor-parallel ranks; replicated, shared and tied ones count once.
-    What FSDP has cut over data-parallel ranks is summed over those first: one more all-reduce; what the
-    stages of a pipeline have, over those at last: another.
+    What FSDP has cut over data-parallel ranks is summed over those first, and that of experts over the ranks
+    that divide them: one more all-reduce each; what the stages of a pipeline have, over those at last:
+    another.
 
     Args:
         model: a parallelized model after backward.
@@ -89,17 +89,19 @@ def _norm_of(parameters: Sequence[PlacedParameter], state: ParallelState, norm_t
 def _norm_on_stages(parameters: Sequence[PlacedParameter], ranks: Communicator, norm_type: float) -> Tensor:
     """The norm of the gradients that tensor-parallel ranks hold, of this pipeline stage if there are some."""
     is_max = norm_type == float("inf")
-    # by the groups among which FSDP has cut them: of tensor-parallel shards, and of what all ranks hold
-    found: dict[tuple[dist.ProcessGroup, ...], tuple[list[Tensor], list[Tensor]]] = {(): ([], [])}
+    # by the groups that have divided them, for FSDP or as experts: shards, and what all tp ranks hold
+    found: dict[tuple[Group, ...], tuple[list[Tensor], list[Tensor]]] = {(): ([], [])}
     for placed in parameters:
         gradient = placed.parameter.grad
         if gradient is None:
             continue
+        divided = () if placed.experts is None else (placed.experts,)
         if placed.layout.is_shared:
             # what several ranks hold counts once
-            found[()][0].extend(placed.layout.owned(joined(gradient), ranks.rank))
+            owned = placed.layout.owned(joined(gradient), ranks.rank)
+            found.setdefault(divided, ([], []))[0].extend(owned)
             continue
-        sharded, replicated = found.setdefault(data_groups(gradient), ([], []))
+        sharded, replicated = found.setdefault((*data_groups(gradient), *divided), ([], []))
         (sharded if placed.layout.is_sharded else replicated).append(held(gradient))
     device = next((one.device for both in found.values() for one in both[0] + both[1]), torch.device("cpu"))
     sums = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -50,13 +50,24 @@ def first_difference(tensors: Sequence[Tensor], ranks: Communicator, label: str)
     return int(differs.nonzero()[0]) if differs.any() else None
 
 
-def check_equal_weights(model: nn.Module, ranks: Communicator) -> None:
+def check_equal_weights(
+    model: nn.Module, ranks: Communicator, only: Callable[[nn.Parameter], bool] | None = None
+) -> None:
     """All ranks must slice one model: shards of different models would train, and mean nothing.
+
+    Args:
+        model: the same on all ``ranks``.
+        ranks: whose weights are compared.
+        only: which parameters; default: all.
 
     Raises:
         PlanError: naming the first parameter that differs; on every rank.
     """
-    named = [(name, one) for name, one in model.named_parameters() if not one.is_meta]
+    named = [
+        (name, one)
+        for name, one in model.named_parameters()
+        if not one.is_meta and (only is None or only(one))
+    ]
     found = first_difference([one for _, one in named], ranks, "compare the ranks' weights")
     if found is not None:
         raise PlanError(

@@ -51,6 +51,19 @@ class PipelineShare:
 
 
 @dataclass(frozen=True)
+class ExpertGroup:
+    """The experts that ranks divide.
+
+    Attributes:
+        ranks: along ``ep``.
+        attributes: by the path of each module with experts, the numbers of experts that it had.
+    """
+
+    ranks: Communicator
+    attributes: dict[str, dict[str, int]]
+
+
+@dataclass(frozen=True)
 class ParallelState:
     """Attached to the model by ``colrow.parallelize``.
 
@@ -62,6 +75,7 @@ class ParallelState:
             buffer that is cut.
         undo: what takes back all but the cutting of parameters.
         pipeline: where the other parameters are, if this rank has some stages of the model only.
+        experts: what the ranks of ``ep`` divide, if there are such ranks.
     """
 
     mesh: DeviceMesh
@@ -70,6 +84,7 @@ class ParallelState:
     layouts: dict[str, TensorLayout]
     undo: Undo
     pipeline: PipelineShare | None = None
+    experts: ExpertGroup | None = None
 
     @property
     def is_first_replica(self) -> bool:
@@ -97,12 +112,14 @@ class PlacedParameter:
         names: all its names.
         parameter: the local tensor.
         layout: where it lies in the global tensor.
+        experts: the ranks that divide its experts, if they do.
     """
 
     name: str
     names: tuple[str, ...]
     parameter: nn.Parameter
     layout: TensorLayout
+    experts: Communicator | None = None
 
 
 def attach_state(model: nn.Module, state: ParallelState) -> None:
@@ -160,4 +177,6 @@ def placed_parameters(model: nn.Module) -> Iterator[PlacedParameter]:
     for parameter in model.parameters():
         known = tuple(names.get(id(parameter)) or outer[id(parameter)])
         layout = state.layouts.get(known[0]) if id(parameter) in names else None
-        yield PlacedParameter(known[0], known, parameter, layout or TensorLayout(tuple(parameter.shape)))
+        experts = state.experts.ranks if state.experts and layout and layout.window else None
+        layout = layout or TensorLayout(tuple(parameter.shape))
+        yield PlacedParameter(known[0], known, parameter, layout, experts)

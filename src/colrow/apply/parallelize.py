@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -49,6 +50,10 @@ def parallelize(
     Given labels, the model computes its loss from logits that are cut over the vocabulary; the output then
     holds :class:`colrow.apply.loss.ShardedLogits` in place of logits.
 
+    With a mesh that has ``ep``, each rank along it keeps its share of every layer's experts, and tokens
+    travel to the rank that holds the expert they chose; ``tp`` cuts what it cuts otherwise, inside experts
+    too. Use :func:`colrow.data_parallel` then, also with ``dp=1``: the ranks of ``ep`` have different data.
+
     Where much stays whole under a derived plan, or something had to be guessed, rank 0 says so
     with one :class:`colrow.PlanWarning`.
 
@@ -74,29 +79,40 @@ def parallelize(
         registry: the rules of operators, where the model has some of its own; see :func:`colrow.rule`. Not
             used with a plan.
         check: with a plan that was edited, or made elsewhere: calls of the model with which to try it on the
-            meta device before anything is changed, in the forms that ``example`` may have.
+            meta device before anything is changed, in the forms that ``example`` may have. With ``ep`` it is
+            needed besides a plan, since experts are found by how the model computes.
 
     Raises:
-        PlanError: if the plan does not fit the model or the mesh, or the ranks' weights differ.
+        PlanError: if the plan does not fit the model or the mesh, the ranks' weights differ, or there are no
+            experts to divide over ``ep``.
         TraceError: if the model cannot be recorded.
     """
     ranks = communicator(mesh)
     if is_parallelized(model):
         raise PlanError("", "the model has been parallelized already", "Start from the original model.")
+    from colrow.parallel import experts as over_ep  # whose forwards go through what is applied here
+
+    derived: Callable[..., Plan] | None = None
+    calls = None if check is None else examples_of(check)
     if isinstance(example, Plan):
         plan = example
     elif isinstance(example, HandPlan):
         plan = example.resolve(model, ranks.size, share)
     else:
-        plan = derive_plan(
-            model,
-            examples_of(example),
-            ranks.size,
-            share=share,
-            forbid=forbid,
-            sequence=sequence,
-            registry=registry,
+        calls = examples_of(example)
+        derived = partial(
+            derive_plan, model, calls, ranks.size, share=share, sequence=sequence, registry=registry
         )
+        plan = derived(forbid=forbid)
+    experts = over_ep.find_for(model, mesh, calls)
+    if experts and (axes := over_ep.axes_over_experts(plan, experts)):
+        if not derived:
+            raise PlanError(
+                experts[0].path,
+                f"the plan cuts experts over tp, along {', '.join(sorted(axes))}, and the mesh over ep",
+                "Make a plan with forbid= these axes, or the mesh without ep.",
+            )
+        plan = derived(forbid=[*forbid, *axes])
     if plan.ranks != ranks.size:
         raise PlanError(
             "", f"the plan is for {plan.ranks} ranks, the mesh has {ranks.size}", "Make a new one."
@@ -106,12 +122,14 @@ def parallelize(
     if check is not None:
         _try_on_all(model, plan, check, ranks, mesh.device_type)
     check_equal_weights(model, ranks)
+    over_ep.prepare(model, mesh, experts)
     told = None
     if not isinstance(example, Plan | HandPlan) and ranks.size > 1 and mesh.get_rank() == 0:
         told = summary(plan, {name: one.numel() for name, one in model.named_parameters()})
     undo = Applier(model, ranks, plan).apply(logits == "gather")
+    divided = over_ep.give_experts(model, mesh, experts, layouts)
     refuse_own_save(model)
-    attach_state(model, ParallelState(mesh, ranks, plan, layouts, undo))
+    attach_state(model, ParallelState(mesh, ranks, plan, layouts, undo, experts=divided))
     if told is not None:
         warnings.warn(told, PlanWarning, stacklevel=2)
     return model

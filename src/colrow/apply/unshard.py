@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from colrow.apply.refusals import allow_own_save
 from colrow.collectives import Communicator
 from colrow.data_shards import data_groups
-from colrow.layout import TensorLayout
+from colrow.layout import Cut, TensorLayout
 from colrow.state import detach_state, parallel_module, state_of
 
 
@@ -43,9 +43,16 @@ def unshard(model: nn.Module) -> nn.Module:
     whole: dict[int, Tensor] = {}
     for name, tensor in named.items():
         layout = state.layouts.get(name)
-        if layout is not None and layout.is_sharded and id(tensor) not in whole:
-            whole[id(tensor)] = gather_whole(tensor.detach(), layout, ranks, f"unshard {name}")
+        if layout is not None and layout.is_part and id(tensor) not in whole:
+            local, label = tensor.detach(), f"unshard {name}"
+            if layout.window and state.experts is not None:
+                local, layout = all_experts(local, layout, state.experts.ranks, label)
+            whole[id(tensor)] = gather_whole(local, layout, ranks, label) if layout.is_sharded else local
     state.undo.run(module)
+    if state.experts is not None:
+        from colrow.parallel.experts import take_experts_back  # which goes through what is applied
+
+        take_experts_back(module, state.experts)
     for name, tensor in named.items():
         if id(tensor) not in whole:
             continue
@@ -57,6 +64,23 @@ def unshard(model: nn.Module) -> nn.Module:
     allow_own_save(module)
     detach_state(module)
     return model
+
+
+def all_experts(
+    local: Tensor, layout: TensorLayout, ranks: Communicator, label: str
+) -> tuple[Tensor, TensorLayout]:
+    """What a tensor-parallel rank holds of all experts, and its layout.
+
+    Args:
+        local: of the experts of this rank's place along ``ep``.
+        layout: of it.
+        ranks: along ``ep``.
+        label: names the collective in errors.
+    """
+    if local.is_meta:
+        return local.new_empty(layout.shape[:1] + local.shape[1:]), layout.without_window
+    counts = Cut.balanced(layout.shape[0], ranks.size).counts
+    return ranks.all_gather(local, 0, counts, label=label), layout.without_window
 
 
 def gather_whole(shard: Tensor, layout: TensorLayout, ranks: Communicator, label: str) -> Tensor:

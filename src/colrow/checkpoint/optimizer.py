@@ -80,7 +80,13 @@ def save_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, folder: s
         groups = _groups_of_stages(groups, state.pipeline, state.mesh.device_type, label)
     saved = [
         # numbers are everywhere
-        Saved(entry.name, entry.value, layout, entry.source if entry.value.dim() else None)
+        Saved(
+            entry.name,
+            entry.value,
+            layout,
+            entry.source if entry.value.dim() else None,
+            entry.placed.experts if layout.window else None,
+        )
         for entry, layout in zip(entries, layouts, strict=True)
         if state.pipeline is None or state.pipeline.is_first_holder(entry.placed.name)
     ]
@@ -170,7 +176,7 @@ def _layouts(entries: list[_Entry], holders: Holders, label: str) -> list[Tensor
                 f"the optimizer's {entry.key!r} of {placed.name} is a number that differs between the ranks: "
                 "it was computed from a part of the parameter, and has no global form"
             )
-        if not placed.layout.is_sharded:
+        if not placed.layout.is_part:
             layouts.append(TensorLayout(tuple(entry.value.shape)))
         elif entry.key not in factors:
             layouts.append(placed.layout)
@@ -221,7 +227,7 @@ def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, folder: s
         for key in keys.pop(placed.name, []):
             name = f"{placed.name}|{key}"
             shape = files.shape(name)
-            has_parts = placed.layout.is_sharded and shape != ()
+            has_parts = placed.layout.is_part and shape != ()
             layout = placed.layout if has_parts else TensorLayout(shape)
             value = files.read(name, layout, state.communicator.rank)
             if shape != ():

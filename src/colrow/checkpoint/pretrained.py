@@ -19,6 +19,7 @@ from colrow.checkpoint.reader import SafetensorsFolder
 from colrow.checkpoint.shards import BYTES_PER_FILE, Saved, write_global
 from colrow.data_shards import cut_like, held, let_go_of_gathered, own_class
 from colrow.layout import TensorLayout
+from colrow.mesh import size_of
 from colrow.plan import HandPlan, Plan
 from colrow.state import PlacedParameter, parallel_module, placed_parameters, state_of
 
@@ -47,7 +48,7 @@ def save_pretrained(model: nn.Module, folder: str | Path, *, bytes_per_file: int
     module, state = parallel_module(model), state_of(model)
     let_go_of_gathered(module)
     saved = [
-        Saved(_saved_name(module, placed), placed.parameter, placed.layout)
+        Saved(_saved_name(module, placed), placed.parameter, placed.layout, experts=placed.experts)
         for placed in placed_parameters(module)
         if state.pipeline is None or state.pipeline.is_first_holder(placed.name)
     ]
@@ -136,7 +137,9 @@ def load_pretrained(
         model.generation_config = transformers.GenerationConfig.from_pretrained(folder)  # type: ignore[assignment]
     from colrow.model import calls_for
 
-    parallelize(model, mesh, plan or calls_for(model))
+    calls = calls_for(model)
+    has_experts = plan is not None and size_of(mesh, "ep") > 1  # which are found by how the model computes
+    parallelize(model, mesh, plan or calls, check=calls if has_experts else None)
     load_weights(model, folder)
     return model
 

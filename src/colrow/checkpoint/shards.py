@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,7 +21,7 @@ from colrow.checkpoint.stages import names_for_stages, stages_of
 from colrow.checkpoint.writer import SafetensorsWriter, TensorSpec
 from colrow.collectives import Communicator
 from colrow.data_shards import joined
-from colrow.layout import TensorLayout
+from colrow.layout import Cut, TensorLayout
 from colrow.state import ParallelState
 
 T = TypeVar("T")
@@ -37,20 +38,33 @@ class Saved:
         local: this rank's part of it.
         layout: where that lies in the whole.
         source: which replica has it, if not all of them do; ``local`` is on meta elsewhere.
+        experts: the ranks that divide its experts, if they do.
     """
 
     name: str
     local: Tensor
     layout: TensorLayout
     source: Source | None = None
+    experts: Communicator | None = None
 
     @property
     def spec(self) -> TensorSpec:
         return TensorSpec(self.name, self.local.dtype, self.layout.shape)
 
     def read(self) -> Tensor:
-        """This tensor-parallel rank's part, which replicas may have to send: all of them call this."""
-        return self.source.read(self.local) if self.source else joined(self.local.detach())
+        """This tensor-parallel rank's part, which replicas may have to send: all of them call this.
+
+        Of all experts, on the first of the ranks that divide them.
+        """
+        local = self.source.read(self.local) if self.source else joined(self.local.detach())
+        if self.experts is None:
+            return local
+        row, ranks = local.shape[1:], self.experts
+        counts = [(count, *row) for count in Cut.balanced(self.layout.shape[0], ranks.size).counts]
+        sizes = [(prod(shape) * local.element_size(),) for shape in counts]
+        parts = ranks.gather(local.reshape(-1).view(torch.uint8), sizes, label=f"save {self.name}")
+        parts = [part.view(local.dtype).view(shape) for part, shape in zip(parts, counts, strict=bool(parts))]
+        return torch.cat(parts) if parts else local
 
 
 def split_files(specs: Sequence[TensorSpec], limit: int) -> list[list[TensorSpec]]:
@@ -160,7 +174,7 @@ def _write_file(
     def place(writer: SafetensorsWriter, one: Saved, shards: Sequence[Tensor]) -> None:
         out = writer.tensor(one.name)
         for rank, shard in enumerate(shards):
-            one.layout.place(shard, rank, out)
+            one.layout.without_window.place(shard, rank, out)
 
     with ExitStack() as stack:
         writer = None
@@ -180,10 +194,11 @@ def _write_file(
 def _gather(one: Saved, ranks: Communicator) -> list[Tensor]:
     """The shards of all ranks on the first one, on the CPU; as bytes, which any transport can move."""
     local = one.read()
-    if not one.layout.is_sharded:
+    layout = one.layout.without_window
+    if not layout.is_sharded:
         return [local.cpu()] if ranks.rank == 0 else []
-    shapes = [one.layout.local_shape(rank) for rank in range(ranks.size)]
-    counts = [(one.layout.local_numel(rank) * local.element_size(),) for rank in range(ranks.size)]
+    shapes = [layout.local_shape(rank) for rank in range(ranks.size)]
+    counts = [(layout.local_numel(rank) * local.element_size(),) for rank in range(ranks.size)]
     shards = ranks.gather(local.reshape(-1).view(torch.uint8), counts, label=f"save {one.name}")
     return [
         shard.cpu().view(local.dtype).view(shape) for shard, shape in zip(shards, shapes, strict=bool(shards))

@@ -188,6 +188,39 @@ class Communicator(RankGroup):
         taken[self.rank - 1] = math.prod(shape)
         return self._exchange("shift", label, source, given, taken, lambda row: row.view(tuple(shape)))
 
+    def start_exchange(
+        self, tensor: Tensor, given: Sequence[int], taken: Sequence[int], *, label: str = ""
+    ) -> Pending:
+        """Rows of ``tensor`` to each rank, and what comes from each rank, in rank order: any numbers of rows.
+
+        Args:
+            tensor: rows for each rank, one after the other along dimension 0; ranks' tensors may differ in
+                dimension 0 only.
+            given: how many rows go to each rank.
+            taken: how many rows come from each rank: what that rank gives to this one.
+            label: names the collective in errors and statistics.
+
+        Raises:
+            ValueError: if the numbers do not fit the tensor or the group.
+        """
+        if len(given) != self.size or len(taken) != self.size or sum(given) != tensor.shape[0]:
+            raise ValueError(
+                f"{list(given)} rows given and {list(taken)} taken do not fit {tensor.shape[0]} rows on "
+                f"{self.size} ranks"
+            )
+        if self.size == 1:
+            return Pending.completed(tensor.clone())
+        rest = math.prod(tensor.shape[1:])
+        shape = (sum(taken), *tensor.shape[1:])
+        return self._exchange(
+            "all_to_all",
+            label,
+            tensor.contiguous().view(-1),
+            [rows * rest for rows in given],
+            [rows * rest for rows in taken],
+            lambda row: row.view(shape),
+        )
+
     def _exchange(
         self,
         operation: str,

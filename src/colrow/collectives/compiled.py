@@ -82,5 +82,13 @@ def all_to_all(
     return torch.cat(parts, concat_dimension)
 
 
+def exchange(ranks: Communicator, tensor: Tensor, given: Sequence[int], taken: Sequence[int]) -> Tensor:
+    """As :meth:`Communicator.start_exchange`; ``tensor`` itself if there is one rank."""
+    if ranks.size == 1:
+        return tensor
+    operator = torch.ops._c10d_functional.all_to_all_single
+    return _wait(operator(tensor.contiguous(), list(taken), list(given), ranks.name))
+
+
 def _wait(under_way: Tensor) -> Tensor:
     return cast(Tensor, torch.ops._c10d_functional.wait_tensor(under_way))

@@ -29,6 +29,7 @@ forward                     types           moves    adjoint                    
 :class:`FirstRankOnly`      R → P           nothing  :class:`FirstRankOnly`      R → P
 :class:`FirstRankOnly`      I → P           nothing  :class:`Assume`             R → I
 :class:`AllToAll`           V → V           parts    :class:`AllToAll`           V → V
+:class:`Exchange`           V → V           rows     :class:`Exchange`           V → V
 ==========================  ==============  =======  ==========================  =======
 """
 
@@ -361,6 +362,29 @@ class AllToAll(Collective):
             self.split_dimension,
             self.split_sizes,
         )
+
+
+@dataclass(frozen=True)
+class Exchange(Collective):
+    """V → V: each rank's rows to the ranks they are for, as many as there are.
+
+    Attributes:
+        given: rows of the value, along dimension 0, for each rank, one rank's after the other's.
+        taken: rows from each rank, which come in rank order.
+    """
+
+    given: tuple[int, ...]
+    taken: tuple[int, ...]
+    types: ClassVar[tuple[str, str]] = ("V", "V")
+
+    def start(self, x: Tensor) -> Pending:
+        return self.communicator.start_exchange(x, self.given, self.taken, label=self.label)
+
+    def traced(self, x: Tensor) -> Tensor:
+        return compiled.exchange(self.communicator, x, self.given, self.taken)
+
+    def adjoint(self) -> Collective:
+        return Exchange(self.communicator, self.label, self.taken, self.given)
 
 
 def _offset(collective: Collective, sizes: Sizes, extent: int) -> tuple[int, tuple[int, ...]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise, product
 from math import prod
 
@@ -22,6 +22,8 @@ class TensorLayout:
         shape: the global shape.
         dimensions: per cut dimension its layout and the cut of its axis. Dimensions that are not named
             are whole on every rank; no entry at all means replicated.
+        window: of other dimensions, the range of indices that these ranks hold, all of them alike: the
+            experts of their place along ``ep``.
 
     Raises:
         ValueError: if a layout's size is not the dimension's, or cuts name different numbers of ranks.
@@ -29,6 +31,7 @@ class TensorLayout:
 
     shape: tuple[int, ...]
     dimensions: Mapping[int, tuple[DimensionLayout, Cut]] = field(default_factory=dict)
+    window: Mapping[int, tuple[int, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for dimension, (layout, cut) in self.dimensions.items():
@@ -41,10 +44,26 @@ class TensorLayout:
                 raise ValueError(f"a cut of {cut.units} units does not fit a layout of {layout.units}")
         if len({cut.ranks for _, cut in self.dimensions.values()}) > 1:
             raise ValueError("the cuts of one tensor must be over one number of ranks")
+        for dimension, (low, high) in self.window.items():
+            if dimension in self.dimensions or not 0 <= low <= high <= self.shape[dimension]:
+                raise ValueError(
+                    f"a window of {low} to {high} does not fit dimension {dimension} of the shape "
+                    f"{list(self.shape)}, cut along {list(self.dimensions)}"
+                )
 
     @property
     def is_sharded(self) -> bool:
         return bool(self.dimensions)
+
+    @property
+    def is_part(self) -> bool:
+        """Whether a rank holds less than the whole tensor: a shard, a window, or both."""
+        return bool(self.dimensions or self.window)
+
+    @property
+    def without_window(self) -> TensorLayout:
+        """The layout where the windows of all places have been joined."""
+        return replace(self, window={})
 
     @property
     def is_shared(self) -> bool:
@@ -72,7 +91,7 @@ class TensorLayout:
     def ranges(self, dimension: int, rank: int) -> list[tuple[int, int]]:
         """Half-open global index ranges of ``dimension`` that ``rank`` holds."""
         if dimension not in self.dimensions:
-            return [(0, self.shape[dimension])]
+            return [self.window.get(dimension, (0, self.shape[dimension]))]
         layout, cut = self.dimensions[dimension]
         return layout.ranges(cut, rank)
 
@@ -93,7 +112,7 @@ class TensorLayout:
         """
         if tuple(tensor.shape) != self.shape:
             raise ValueError(f"expected the global shape {list(self.shape)}, got {list(tensor.shape)}")
-        for dimension in self.dimensions:
+        for dimension in (*self.dimensions, *self.window):
             pieces = [tensor.narrow(dimension, low, high - low) for low, high in self.ranges(dimension, rank)]
             if not pieces:
                 tensor = tensor.narrow(dimension, 0, 0)

@@ -14,11 +14,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from colrow.collectives import communicator
 from colrow.data_shards import let_go_of_gathered
-from colrow.mesh import replicas
+from colrow.mesh import replicas, replicas_of_experts
+from colrow.parallel.experts.reduction import ExpertGradients
 from colrow.parallel.pipeline.pipeline import Pipeline
 from colrow.parallel.pipeline.replicate import replicate_stages
 from colrow.replicas import check_equal_weights
-from colrow.state import parallel_module
+from colrow.state import parallel_module, placed_parameters, state_of
 
 Kind = Literal["ddp", "fsdp"]
 
@@ -26,8 +27,9 @@ Kind = Literal["ddp", "fsdp"]
 def data_parallel(model: nn.Module, mesh: DeviceMesh, kind: Kind = "ddp", **options: Any) -> nn.Module:
     """Let the ``dp`` replicas of a parallelized model train as one, each on its own part of the data.
 
-    Gradients are averaged over the replicas; :func:`token_weight` makes that the mean over all tokens. The
-    other functions of colrow take the result as they take the model: norms, clipping, counts, checkpoints.
+    Gradients are averaged over the replicas; :func:`token_weight` makes that the mean over all tokens. Ranks
+    along ``ep`` are replicas too, of all parameters but experts. The other functions of colrow take the
+    result as they take the model: norms, clipping, counts, checkpoints.
 
     Args:
         model: from :func:`colrow.parallelize` or :func:`colrow.pipeline_parallel`, with the same weights on
@@ -50,22 +52,44 @@ def data_parallel(model: nn.Module, mesh: DeviceMesh, kind: Kind = "ddp", **opti
     """
     if kind not in get_args(Kind):
         raise ValueError(f"kind must be 'ddp' or 'fsdp', not {kind!r}")
-    shared = replicas(mesh)
+    shared, of_experts = replicas(mesh), replicas_of_experts(mesh)
     module = parallel_module(model)
-    check_equal_weights(module, communicator(shared))
+    divided = {id(one.parameter) for one in placed_parameters(module) if one.experts is not None}
+    check_equal_weights(module, communicator(shared), lambda one: id(one) not in divided)
+    check_equal_weights(module, communicator(of_experts), lambda one: id(one) in divided)
     if isinstance(model, Pipeline):
         if options:
             raise ValueError(f"the stages of a pipeline take no options: leave out {', '.join(options)}")
+        if divided:
+            raise ValueError(
+                "the stages of a pipeline cannot divide experts over ep: make the mesh without ep"
+            )
         replicate_stages(model, shared, kind)
         return model
     if kind == "ddp":
         devices = [torch.cuda.current_device()] if mesh.device_type == "cuda" else None
-        return DistributedDataParallel(model, device_ids=devices, process_group=shared.get_group(), **options)
+        named = [pair for pair in model.named_parameters(remove_duplicate=False) if id(pair[1]) in divided]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+            model, [name for name, _ in named]
+        )
+        group = shared.get_group()
+        wrapper = DistributedDataParallel(model, device_ids=devices, process_group=group, **options)
+        ExpertGradients(
+            wrapper, [(one, model.get_parameter(one)) for one, _ in named], communicator(of_experts)
+        )
+        return wrapper
+    for path in _paths_of_experts(module):
+        fully_shard(module.get_submodule(path), mesh=of_experts, **options)
     for layer in _layers(module):
         fully_shard(layer, mesh=shared, **options)
     fully_shard(model, mesh=shared, **options)
     model.register_forward_hook(_at_rest)
     return model
+
+
+def _paths_of_experts(module: nn.Module) -> list[str]:
+    experts = state_of(module).experts
+    return [] if experts is None else list(experts.attributes)
 
 
 def _at_rest(model: nn.Module, arguments: Any, output: Any) -> None:

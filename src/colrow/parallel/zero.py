@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from colrow.data_shards import data_groups
-from colrow.mesh import replicas
+from colrow.mesh import replicas, size_of
 
 
 def zero_redundancy_optimizer(
@@ -33,8 +33,13 @@ def zero_redundancy_optimizer(
         options: of the optimizer, such as ``lr=1e-3``.
 
     Raises:
-        ValueError: if FSDP has cut the parameters: it divides the state already.
+        ValueError: if FSDP has cut the parameters: it divides the state already; or the mesh has ``ep``.
     """
+    if size_of(mesh, "ep") > 1:
+        raise ValueError(
+            "replicas along ep hold different experts, which one optimizer cannot divide: use "
+            "colrow.data_parallel(model, mesh, 'fsdp') and the optimizer itself"
+        )
     groups = [one if isinstance(one, dict) else {"params": [one]} for one in parameters]
     if any(data_groups(parameter) for group in groups for parameter in group["params"]):
         raise ValueError(

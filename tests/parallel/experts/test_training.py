@@ -1,0 +1,42 @@
+"""Experts over ``ep`` train as in one process that has all data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+from torch import nn
+
+from colrow.parallel.data import Kind
+from tests.parallel.experts.models import deepseek, mixtral, qwen
+from tests.parallel.experts.training import resume_alike, train_alike
+from tests.pool import Pool
+
+CASES = [
+    pytest.param(mixtral, 1, 1, 2, "ddp", id="mixtral"),
+    pytest.param(qwen, 2, 1, 2, "ddp", id="qwen-tp"),
+    pytest.param(deepseek, 1, 2, 2, "fsdp", id="deepseek-fsdp"),
+    pytest.param(partial(mixtral, 5), 1, 1, 3, "ddp", id="uneven"),
+    pytest.param(mixtral, 1, 2, 2, "ddp", id="mixtral-dp"),
+]
+
+
+@pytest.mark.parametrize(("build", "tp", "dp", "ep", "kind"), CASES)
+def test_as_one_process(
+    ranks: Callable[[int], Pool], build: Callable[[], nn.Module], tp: int, dp: int, ep: int, kind: Kind
+) -> None:
+    ranks(tp * dp * ep).run(train_alike, build, tp, dp, ep, kind, None)
+
+
+def test_files_go_on_in_other_layouts(ranks: Callable[[int], Pool], tmp_path: Path) -> None:
+    ranks(4).run(train_alike, mixtral, 2, 1, 2, "ddp", tmp_path)
+    ranks(4).run(resume_alike, mixtral, 1, 2, 2, "fsdp", tmp_path, 2)
+    ranks(2).run(resume_alike, mixtral, 2, 1, 1, "ddp", tmp_path, 2)
+
+
+def test_sharded_files_go_on_too(ranks: Callable[[int], Pool], tmp_path: Path) -> None:
+    build = partial(mixtral, 5)
+    ranks(4).run(train_alike, build, 1, 2, 2, "fsdp", tmp_path)
+    ranks(3).run(resume_alike, build, 1, 1, 3, "ddp", tmp_path, 4)
