@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -304,13 +305,37 @@ def _kept() -> tuple[float, tuple[str, ...]]:
         loss.backward()
         bias = inner.get_parameter("down.0.bias").grad
         assert bias is not None
-        values.append([*(each.detach() for each in inner.kept), bias])
+        values.append([inner.features.detach(), *(each.detach() for each in inner.kept), bias])
     errors = [float((a - b).abs().max()) for a, b in zip(*values, strict=True)]
     return max(errors), state_of(cut).plan.notes
 
 
-def test_what_is_kept_is_whole_or_said_to_be_a_part(ranks: Callable[[int], Pool]) -> None:
+def test_what_is_kept_is_whole(ranks: Callable[[int], Pool]) -> None:
     error, notes = ranks(2).run(_kept)[0]
     assert error < 1e-12
-    assert "the attribute features of inner gets this rank's part of what was whole" in notes
-    assert not any("kept" in note for note in notes)
+    assert any("the attribute features of inner would get a part of it" in note for note in notes)
+
+
+class Enclosing(nn.Module):
+    """Leaves the features of a layer in a variable of a function, or in that of a hook's."""
+
+    def __init__(self, hooked: bool) -> None:
+        super().__init__()
+        self.up, self.down, self.hooked = nn.Linear(WIDTH, 20), nn.Linear(20, WIDTH), hooked
+        store: list[Tensor] = []
+        if hooked:
+            self.up.register_forward_hook(lambda module, given, result: store.append(result))
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.up(x)
+        if not self.hooked:
+            self.again = partial(lambda scale: features * scale, 2)
+        return self.down(features.relu())
+
+
+@pytest.mark.parametrize("hooked", [True, False])
+def test_what_functions_enclose_is_whole(hooked: bool) -> None:
+    plan = derive_plan(Enclosing(hooked), {"evaluation": Example((torch.randn(2, 5, WIDTH),))}, 2)
+    assert "up.bias" not in plan.parameters
+    name = "a forward hook of up" if hooked else "the attribute again of the model"
+    assert any(f"{name} would get a part of it" in note for note in plan.notes)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from colrow.apply.shadow import Holders, Shadow
 from colrow.apply.shared import SharedPart
+from colrow.apply.swapped import Swapped
 from colrow.apply.together import EnterTogether
 from colrow.apply.values import Change
 from colrow.collectives import Communicator, FirstRankOnly
@@ -52,8 +53,13 @@ def change_readers(model: nn.Module, ranks: Communicator, plan: Plan) -> None:
     for once in plan.once_parameters:
         change = FirstRankOnly(ranks, f"parameter {once.name}", "I")
         found[once.reader].append((_holders(model, once.name), change))
+    if not found:
+        return
+    read = [place for changes in found.values() for places, _ in changes for place in places]
+    swapped = Swapped(list(dict.fromkeys(read)))
+    swapped.attach(model)
     for reader, parameters in found.items():
-        Shadow(parameters).attach(model.get_submodule(reader))
+        Shadow(parameters, swapped).attach(model.get_submodule(reader))
 
 
 def _holders(model: nn.Module, name: str) -> Holders:

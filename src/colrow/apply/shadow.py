@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from colrow.apply.replay import Again, Replaying
+from colrow.apply.swapped import Place, Swapped
 from colrow.apply.values import Change
 
-Holders: TypeAlias = tuple[tuple[nn.Module, str], ...]
+Holders: TypeAlias = tuple[Place, ...]
 """Modules that hold a parameter, with its name in each."""
 
 
@@ -31,10 +32,11 @@ class Shadow:
     Args:
         parameters: the modules that hold each parameter, with its name there, and the collective. Tied
             parameters have several.
+        swapped: the parameters that the model's forward exchanges for values of its own.
     """
 
-    def __init__(self, parameters: Sequence[tuple[Holders, Change]]) -> None:
-        self._changes = tuple(parameters)
+    def __init__(self, parameters: Sequence[tuple[Holders, Change]], swapped: Swapped) -> None:
+        self._changes, self._swapped = tuple(parameters), swapped
         self._places = [place for holders, _ in self._changes for place in holders]
         self._before: list[tuple[list[Any], Replaying | None]] = []
 
@@ -46,12 +48,16 @@ class Shadow:
     def _shadow(self, module: nn.Module, arguments: Any) -> None:
         values: list[Any] = []
         for holders, change in self._changes:
-            holder, name = holders[0]
-            parameter = holder._parameters.get(name)
-            if parameter is None:  # of another pipeline stage, where nothing reads it
-                values += [holder.__dict__.get(name) for holder, name in holders]
-            else:
-                values += [change(parameter)] * len(holders)
+            present = [place for place in holders if place not in self._swapped]
+            result = None
+            if present:
+                holder, name = present[0]
+                parameter = holder._parameters.get(name)
+                if parameter is None:  # of another pipeline stage, where nothing reads it
+                    values += [holder.__dict__.get(name) for holder, name in holders]
+                    continue
+                result = change(parameter)
+            values += [result if place in present else None for place in holders]
         before = self._put(values)
         replaying = None
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():

@@ -30,7 +30,7 @@ from colrow.plan.naming import names_of
 from colrow.plan.notes import notes_of
 from colrow.plan.plan import Axis, Plan, Sharding
 from colrow.plan.predict import predict
-from colrow.plan.reads import check_reads
+from colrow.plan.reads import check_kept, check_reads
 from colrow.plan.selection import CannotPlaceError, Chosen, Selection, UnreachableError
 from colrow.plan.sequence import SequenceCut, find_sequences, notes_of_sequences, pays
 from colrow.plan.states import States
@@ -211,6 +211,7 @@ class _Derivation:
         linearity = Linearity(states)
         reductions = find_reductions(states, linearity)
         check_reads(states, reductions)
+        check_kept(states)
         summations, actions = self._sums(states, borders, reductions)
         localisation = localise(self._model, states, reductions)
         return _Placed(selection, borders, reductions, summations, states, actions, localisation)
@@ -252,7 +253,7 @@ class _Derivation:
     def _plan(self, placed: _Placed) -> Plan:
         selection, actions = placed.selection, placed.actions
         kept = self._axes.trace.kept
-        parts = sorted({label for label, value in kept if placed.states.is_local(value)})
+        parts = sorted({one.label for one in kept if placed.states.is_local(one.value)})
         parameters, buffers = self._shardings(selection)
         shapes = {name: tuple(one.shape) for name, one in _named_tensors(self._model)}
         plan = Plan(

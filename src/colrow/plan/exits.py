@@ -96,7 +96,7 @@ class _Search:
         for module in self._trace.modules:
             for _, value in module.outputs:
                 self._returned[value.index].append((module.first, module.last))
-        for value in [value for _, value in self._trace.outputs] + [value for _, value in self._trace.kept]:
+        for value in [value for _, value in self._trace.outputs] + [one.value for one in self._trace.kept]:
             self._returned[value.index].append((0, len(self._trace.operations)))
 
     def run(self) -> Reductions:

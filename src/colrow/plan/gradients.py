@@ -155,7 +155,7 @@ class _Search:
             for value in operation.outputs:
                 written[value.index] = operation.index
         outputs = {value.index for _, root in trace.runs for _, value in root.outputs}
-        outputs |= {value.index for _, value in trace.kept}
+        outputs |= {one.value.index for one in trace.kept}
         interesting = self._near_parts()
         for value in trace.values:
             followed = value.differentiable and not self._written.is_inside(value)

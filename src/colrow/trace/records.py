@@ -271,6 +271,21 @@ class Recomputation:
     reentrant: bool
 
 
+@dataclass(frozen=True)
+class Kept:
+    """Something that a run has computed and left where others find it.
+
+    Attributes:
+        label: where, for people.
+        value: what.
+        given: whether it is in what the caller gave, such as a cache, rather than in a module.
+    """
+
+    label: str
+    value: Value
+    given: bool
+
+
 @dataclass(eq=False)
 class Trace:
     """One run of a model on meta tensors, or several runs of one model.
@@ -280,8 +295,8 @@ class Trace:
         values, operations, calls, modules: in the order they came to be.
         outputs: the tensors of the result by their path in it; of all results if there were several runs.
         runs: the mode of each run and its call of the model.
-        kept: what a run has left in attributes of modules and in lists and dictionaries of the caller, with a
-            name for people: others may read it.
+        kept: what a run has left in attributes of modules, in what functions there refer to, and in lists and
+            dictionaries of the caller: others may read it.
         warnings: what had to be guessed, for people.
         guessed: paths of modules that were run on guesses: another time their code takes another course.
         escapes: integers that were used as numbers.
@@ -298,7 +313,7 @@ class Trace:
     modules: list[ModuleCall] = field(default_factory=list)
     outputs: list[tuple[tuple[int | str, ...], Value]] = field(default_factory=list)
     runs: list[tuple[str, ModuleCall]] = field(default_factory=list)
-    kept: list[tuple[str, Value]] = field(default_factory=list)
+    kept: list[Kept] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     guessed: set[str] = field(default_factory=set)
     escapes: list[Escape] = field(default_factory=list)

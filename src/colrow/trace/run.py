@@ -23,9 +23,11 @@ from colrow.trace.modules import asking_logarithms, recorded_modules, unchecked_
 from colrow.trace.operators import OperatorMode
 from colrow.trace.recomputed import recorded_checkpoints
 from colrow.trace.recorder import Recorder, Routing
-from colrow.trace.records import Source, Trace, Value
+from colrow.trace.records import Kept, Source, Trace
 from colrow.trace.repeat import Repeater
-from colrow.trace.tree import Path, tensors_by_path
+from colrow.trace.tree import Path, enclosed, tensors_by_path
+
+_FORWARD_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
 @dataclass(frozen=True)
@@ -187,17 +189,23 @@ def _run(recorder: Recorder, model: nn.Module, example: Example, mode: str, copy
         trace.runs.append((mode, trace.modules[first]))
 
 
-def _kept(recorder: Recorder, model: nn.Module, given: Any) -> list[tuple[str, Value]]:
+def _kept(recorder: Recorder, model: nn.Module, given: Any) -> list[Kept]:
     """What the run has computed and left where others find it."""
     found: list[tuple[str, Tensor]] = []
     for path, module in model.named_modules():
         for name, item in vars(module).items():
-            if name not in ("_parameters", "_buffers", "_modules"):
-                label = f"the attribute {name} of {path or 'the model'}"
-                found += [(label, tensor) for _, tensor in tensors_by_path(item)]
-    found += [("what the caller gives", tensor) for _, tensor in tensors_by_path(given)]
+            if name in ("_parameters", "_buffers", "_modules"):
+                continue
+            kind = "a forward hook" if name in _FORWARD_HOOKS else f"the attribute {name}"
+            label = f"{kind} of {path or 'the model'}"
+            found += [(label, tensor) for _, tensor in tensors_by_path([item, enclosed(item)])]
+    found += [("", tensor) for _, tensor in tensors_by_path(given)]
     values = [(label, recorder.table.find(tensor)) for label, tensor in found]
-    return [(label, value) for label, value in values if value is not None and value.producer is not None]
+    return [
+        Kept(label or "what the caller gives", value, not label)
+        for label, value in values
+        if value is not None and value.producer is not None
+    ]
 
 
 def _distinct(example: Example) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any, TypeAlias
 
@@ -60,6 +61,26 @@ def tensors_by_path(
                 collect((*path, key), each)
 
     collect((), item)
+    return found
+
+
+def enclosed(item: Any, depth: int = 3) -> list[Any]:
+    """What functions refer to that are an item, or stand in it: variables of the functions around them."""
+    if isinstance(item, Mapping):
+        return [each for value in list(item.values()) for each in enclosed(value, depth)]
+    if isinstance(item, tuple | list):
+        return [each for value in item for each in enclosed(value, depth)]
+    if isinstance(item, partial):
+        return [item.args, item.keywords, *enclosed((item.func, item.args), depth)]
+    if not isinstance(item, FunctionType) or not depth:
+        return []
+    found = []
+    for cell in item.__closure__ or ():
+        try:
+            content = cell.cell_contents
+        except ValueError:
+            continue  # nothing was assigned
+        found += [content, *enclosed(content, depth - 1)]
     return found
 
 

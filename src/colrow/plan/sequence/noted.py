@@ -32,7 +32,7 @@ class Noted:
 
     def __init__(self, trace: Trace, others: Iterable[int]) -> None:
         self.refused: set[int] = set()
-        self.whole = {*others, *(value.index for _, value in trace.kept)}
+        self.whole = {*others, *(one.value.index for one in trace.kept)}
         self.ended: set[int] = set()
         self.misused: set[int] = set()
         self.taken: set[int] = set()
