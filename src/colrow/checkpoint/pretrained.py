@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -99,6 +99,7 @@ def load_pretrained(
     plan: Plan | HandPlan | None = None,
     *,
     dtype: torch.dtype | None = None,
+    pipeline: Mapping[str, Any] | None = None,
     **config_options: Any,
 ) -> nn.Module:
     """A transformers model, parallelized, from a local folder; each rank reads its own parts only.
@@ -108,7 +109,11 @@ def load_pretrained(
         mesh: from :func:`colrow.init_mesh`.
         plan: default: derived from how the model computes.
         dtype: of the parameters; default: that of the configuration.
+        pipeline: options of :func:`colrow.pipeline_parallel`, where the mesh has ``pp``.
         config_options: fields of the configuration to change, such as ``attention_dropout=0.1``.
+
+    Returns:
+        The model, or the :class:`colrow.Pipeline` that has this rank's stages of it.
 
     Raises:
         FileNotFoundError: if the folder, its configuration or its weights do not exist.
@@ -140,6 +145,10 @@ def load_pretrained(
     calls = calls_for(model)
     has_experts = plan is not None and size_of(mesh, "ep") > 1  # which are found by how the model computes
     parallelize(model, mesh, plan or calls, check=calls if has_experts else None)
+    if size_of(mesh, "pp") > 1:
+        from colrow.parallel.pipeline import pipeline_parallel
+
+        model = pipeline_parallel(model, mesh, calls["training"], **(pipeline or {}))
     load_weights(model, folder)
     return model
 

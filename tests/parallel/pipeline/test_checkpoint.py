@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 import colrow
 from colrow.checkpoint.pretrained import load_weights
 from tests.apply.comparison import largest_error
-from tests.parallel.pipeline.models import build
+from tests.apply.double import in_double
+from tests.parallel.pipeline.models import batch_of, build
 from tests.parallel.pipeline.training import (
     STEPS,
     compare,
@@ -23,7 +24,7 @@ from tests.parallel.pipeline.training import (
     train,
     train_whole,
 )
-from tests.pool import Pool
+from tests.pool import Pool, worker_mesh
 
 
 def _save(name: str, shape: dict[str, int], data: str, folder: Path) -> None:
@@ -54,7 +55,7 @@ def _continue(name: str, shape: dict[str, int], data: str, stages: list[str] | N
 def _check_files(name: str, folder: Path) -> None:
     whole = build(name)
     train_whole(name, range(STEPS), whole, optimizer_of(whole))
-    saved = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    saved = type(whole).from_pretrained(folder, dtype=torch.float64)  # type: ignore[attr-defined]
     found = dict(saved.named_parameters())
     assert found.keys() == dict(whole.named_parameters()).keys()
     for key, parameter in whole.named_parameters():
@@ -79,6 +80,30 @@ def test_other_stages(ranks: Callable[[int], Pool], tmp_path: Path) -> None:
     names = ["transformer.ln_f"]
     _round_trip(ranks, "gpt2", ({"pp": 2}, ""), ({"pp": 2}, ""), names, tmp_path)
     assert len(list(tmp_path.glob("model-*-of-00002.safetensors"))) == 2
+
+
+def _load(folder: Path) -> tuple[list[str], float]:
+    """A pipeline whose ranks have read their own parts only; its parameters and loss."""
+    options = {"schedule": "gpipe", "micro_batches": 2}
+    mesh = worker_mesh(1, 1, 2)
+    pipeline = colrow.load_pretrained(folder, mesh, pipeline=options, dtype=torch.float64)
+    assert isinstance(pipeline, colrow.Pipeline)
+    in_double(pipeline.model)
+    with torch.no_grad():
+        loss = pipeline(**batch_of("gpt2", 1)).loss
+    return [name for name, _ in pipeline.model.named_parameters()], loss.item()
+
+
+def test_load_into_stages(ranks: Callable[[int], Pool], tmp_path: Path) -> None:
+    whole = build("gpt2")
+    whole.save_pretrained(tmp_path)  # type: ignore[operator]
+    (first, loss), (last, same) = ranks(2).run(_load, tmp_path)
+    assert loss == same
+    with torch.no_grad():
+        expected = whole(**batch_of("gpt2", 1)).loss.item()
+    assert math.isclose(loss, expected, rel_tol=1e-9)
+    assert set(first) & set(last) == {"transformer.wte.weight"}
+    assert set(first) | set(last) == {name for name, _ in whole.named_parameters()}
 
 
 @pytest.mark.slow

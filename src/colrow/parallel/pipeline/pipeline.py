@@ -313,7 +313,7 @@ class Pipeline(nn.Module):
         step.wait(attempt)
         if errors:
             (error,) = errors
-            raise rank_failure_behind(error) or _own_error(error) or error
+            raise rank_failure_behind(error) or _own_error(error)
         return max(0.0, 1 - self._clock.seconds / step.seconds)
 
     def _bytes_sent(self, shapes: BatchShapes) -> int:
@@ -357,12 +357,10 @@ def _given_loss(output: Tensor, target: Tensor) -> Tensor:
     return output
 
 
-def _own_error(error: BaseException) -> BaseException | None:
-    """What a stage raised, around which torch puts its own errors."""
-    found: BaseException | None = None
-    one: BaseException | None = error
-    while one is not None:
-        if isinstance(one, PlanError | ValueError):
-            found = one
-        one = one.__cause__
-    return found
+def _own_error(error: BaseException) -> BaseException:
+    """What a stage raised, around which torch puts errors of its own that show its tensors."""
+    while (
+        type(error) is RuntimeError and "failed to run" in str(error).lower() and error.__cause__ is not None
+    ):
+        error = error.__cause__
+    return error

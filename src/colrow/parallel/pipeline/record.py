@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from colrow.apply import unshard
+from colrow.apply.unshard import unshard
 from colrow.forwards import OwnForward, take_back
 from colrow.parallel.pipeline.units import units_of
 from colrow.state import is_parallelized

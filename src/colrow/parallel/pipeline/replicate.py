@@ -81,6 +81,7 @@ class _Sharded:
     def finish(self, syncs: bool, sum_shared: Callable[[], None], put_back: Callable[[], None]) -> None:
         """Reduce gradients to the parts that replicas hold, then sum what stages share."""
         if not syncs:
+            self.end()  # the parts again, which the gradients before were of
             put_back()
             return
         for module in self._modules:
