@@ -18,6 +18,7 @@ from colrow.apply.refusals import refuse_own_save
 from colrow.axes import Registry
 from colrow.collectives import Communicator, communicator
 from colrow.errors import PlanError, PlanWarning
+from colrow.mesh import size_of
 from colrow.plan import HandPlan, Plan, derive_plan
 from colrow.plan.summary import summary
 from colrow.replicas import check_equal_weights, digest
@@ -39,8 +40,9 @@ def parallelize(
     sequence: bool | Literal["auto"] = False,
     registry: Registry | None = None,
     check: Example | Mapping[str, Any] | tuple[Any, ...] | None = None,
+    context: Literal["auto", "ulysses", "ring"] = "auto",
 ) -> nn.Module:
-    """Cut ``model`` over the mesh's ``tp`` ranks, in place, and return it.
+    """Cut ``model`` over the mesh's ``tp`` ranks, and its sequences over ``cp``, in place, and return it.
 
     How it is cut follows from how it computes: from ``example``, a call of it, a plan is derived. The model's
     own forward goes on to run, on plain local tensors. Parameter objects, their names, ties,
@@ -81,6 +83,10 @@ def parallelize(
         check: with a plan that was edited, or made elsewhere: calls of the model with which to try it on the
             meta device before anything is changed, in the forms that ``example`` may have. With ``ep`` it is
             needed besides a plan, since experts are found by how the model computes.
+        context: on a mesh with ``cp``, how ranks with some tokens each attend to those of the others:
+            ``"ulysses"``, by exchanging tokens for heads; ``"ring"``, by sending keys and values round; by
+            default Ulysses where there are enough key-value heads. All ranks of a cp group are given the same
+            batches.
 
     Raises:
         PlanError: if the plan does not fit the model or the mesh, the ranks' weights differ, or there are no
@@ -92,6 +98,9 @@ def parallelize(
         raise PlanError("", "the model has been parallelized already", "Start from the original model.")
     from colrow.parallel import experts as over_ep  # whose forwards go through what is applied here
 
+    across = _context(
+        model, mesh, check if isinstance(example, Plan | HandPlan) else example, registry, context
+    )
     derived: Callable[..., Plan] | None = None
     calls = None if check is None else examples_of(check)
     if isinstance(example, Plan):
@@ -128,11 +137,42 @@ def parallelize(
         told = summary(plan, {name: one.numel() for name, one in model.named_parameters()})
     undo = Applier(model, ranks, plan).apply(logits == "gather")
     divided = over_ep.give_experts(model, mesh, experts, layouts)
+    if across is not None:
+        across()
     refuse_own_save(model)
     attach_state(model, ParallelState(mesh, ranks, plan, layouts, undo, experts=divided))
     if told is not None:
         warnings.warn(told, PlanWarning, stacklevel=2)
     return model
+
+
+def _context(
+    model: nn.Module,
+    mesh: DeviceMesh,
+    example: Example | Mapping[str, Any] | tuple[Any, ...] | torch.Tensor | None,
+    registry: Registry | None,
+    wish: Literal["auto", "ulysses", "ring"],
+) -> Callable[[], None] | None:
+    """What cuts sequences over the mesh's ``cp`` ranks once weights are cut; ``None`` if nothing is to be."""
+    if size_of(mesh, "cp") == 1:
+        return None
+    from colrow.parallel.context.apply import apply_context, method_of  # what it changes calls with is here
+    from colrow.parallel.context.derive import derive_context
+
+    if example is None:
+        raise PlanError(
+            "",
+            "a plan does not say how sequences are cut over ranks (cp)",
+            "Give check=, a call of the model, as well.",
+        )
+    if size_of(mesh, "pp") > 1:
+        raise PlanError(
+            "", "sequences are not cut over ranks (cp) within stages (pp)", "Use a mesh with one of the two."
+        )
+    ranks = communicator(mesh["cp"])
+    plan = derive_context(model, examples_of(example), registry)
+    method = method_of(plan, ranks.size, communicator(mesh).size, wish)
+    return partial(apply_context, model, plan, ranks, method)
 
 
 def _check_same_plan(plan: Plan, ranks: Communicator, device: str) -> None:

@@ -1,0 +1,37 @@
+"""Models whose sequences are cut over ranks compute what one process computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from torch import nn
+
+from tests.parallel.context import models
+from tests.parallel.context.models import differences
+from tests.pool import Pool
+
+
+@pytest.mark.parametrize(
+    ("build", "sizes"),
+    [
+        (models.llama_ring, {"cp": 2}),
+        (models.llama_ulysses, {"cp": 2}),
+        (models.gpt2, {"cp": 2}),
+        (models.nano, {"cp": 2}),
+        (models.nano_flat, {"cp": 2}),
+        pytest.param(models.llama_ring, {"cp": 3}, marks=pytest.mark.slow),
+        pytest.param(models.llama_three, {"cp": 3}, marks=pytest.mark.slow),
+        (models.llama_ring, {"cp": 2, "tp": 2}),
+        pytest.param(models.llama_ulysses, {"cp": 2, "dp": 2}, marks=pytest.mark.slow),
+    ],
+)
+def test_trains_as_one_process(
+    ranks: Callable[[int], Pool], build: Callable[[], nn.Module], sizes: dict[str, int]
+) -> None:
+    """Loss, every gradient, parameters after two steps and logits, with uneven lengths that change."""
+    size = 1
+    for one in sizes.values():
+        size *= one
+    for found in ranks(size).run(differences, build, [13, 10], sizes):
+        assert max(found.values()) < 1e-9, {name: one for name, one in found.items() if one > 1e-9}
