@@ -27,19 +27,25 @@ from rich.table import Table
 from colrow.launch import LaunchError, launch
 
 DIMENSIONS = {
-    "llama": ("dp", "tp"),
-    "gpt2": ("dp", "tp"),
-    "t5": ("dp", "tp"),
-    "mixtral": ("dp", "tp"),
+    "llama": ("pp", "dp", "tp"),
+    "gpt2": ("pp", "dp", "tp"),
+    "t5": ("pp", "dp", "tp"),
+    "mixtral": ("pp", "dp", "tp"),
 }
 """The dimensions that make sense for each model."""
 DATA = ("ddp", "zero1", "fsdp")
+SCHEDULES = ("1f1b", "gpipe", "zbv", "interleaved_1f1b", "interleaved_zero_bubble")
+"""Of pipelines; each case has another one."""
+ONE_STAGE = ("1f1b", "gpipe")
+"""Those that give each rank one stage: the models have four layers."""
+STAGES = 4
 SECONDS = 120.0
 """For one case."""
 
 
 def cases(models: Sequence[str], ranks: int) -> Iterator[dict[str, Any]]:
     """All cases of so many ranks. How replicas train together matters where there are some."""
+    several, one = itertools.cycle(SCHEDULES), itertools.cycle(ONE_STAGE)
     for model in models:
         names = DIMENSIONS[model]
         divisors = [size for size in range(1, ranks + 1) if ranks % size == 0]
@@ -47,11 +53,12 @@ def cases(models: Sequence[str], ranks: int) -> Iterator[dict[str, Any]]:
             if math.prod(sizes) != ranks:
                 continue
             mesh = dict(zip(names, sizes, strict=True))
-            if mesh["tp"] == ranks:
-                continue  # what verify does without a mesh
+            if mesh["tp"] == ranks or mesh["pp"] > STAGES:
+                continue  # the first is what verify does without a mesh
             has_replicas = mesh["dp"] * mesh.get("ep", 1) > 1
             for data in DATA if has_replicas else DATA[:1]:
-                yield {"model": model, "mesh": mesh, "data": data}
+                schedule = next(several if mesh["pp"] == 2 else one) if mesh["pp"] > 1 else ""
+                yield {"model": model, "mesh": mesh, "data": data, "schedule": schedule}
 
 
 def run(wanted: Sequence[Mapping[str, Any]], ranks: int) -> Iterator[dict[str, Any]]:
@@ -76,14 +83,24 @@ def run(wanted: Sequence[Mapping[str, Any]], ranks: int) -> Iterator[dict[str, A
 def table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """The rows, to be read."""
     shown = Table(box=box.SIMPLE)
-    for name in ("model", "mesh", "replicas", "equal", "largest error", "seconds", "first difference"):
+    for name in (
+        "model",
+        "mesh",
+        "replicas",
+        "schedule",
+        "equal",
+        "largest error",
+        "seconds",
+        "first difference",
+    ):
         shown.add_column(name, justify="right" if name in ("largest error", "seconds") else "left")
     for row in rows:
         mesh = " ".join(f"{name}={size}" for name, size in row["mesh"].items() if size > 1)
         shown.add_row(
             row["model"],
             mesh,
-            row["data"],
+            row["data"] if row["mesh"]["dp"] > 1 else "",
+            row["schedule"],
             "yes" if row["equal"] else "NO",
             f"{row['error']:.1e}",
             f"{row['seconds']:.0f}",

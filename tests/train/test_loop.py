@@ -188,6 +188,42 @@ def test_replicas(ranks: Ranks, tmp_path: Path, data: str, micro_batch_size: int
         torch.testing.assert_close(_weights(resumed)[name], weight, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        {"pp": 2, "schedule": "zbv"},
+        pytest.param({"pp": 2, "tp": 2}, marks=pytest.mark.slow),
+        pytest.param({"pp": 2, "dp": 2, "data": "zero1"}, marks=pytest.mark.slow),
+        pytest.param({"pp": 2, "dp": 2, "data": "fsdp", "schedule": "gpipe"}, marks=pytest.mark.slow),
+    ],
+)
+def test_stages(ranks: Ranks, tmp_path: Path, mesh: dict[str, Any]) -> None:
+    """A pipeline is one process; it goes on at the same layout, after one that has all layers."""
+    fields = {"fields": {**LLAMA, "num_hidden_layers": 4, "tie_word_embeddings": True}}
+    options: dict[str, Any] = {"model": fields, "checkpoint_every": 4}
+    whole = _run(ranks, small(tmp_path, run_dir=str(tmp_path / "whole"), **options))
+    staged = {**options, "mesh": mesh, "micro_batches": 2}
+    _run(ranks, small(tmp_path, **staged), stop_after=5)
+    _run(
+        ranks,
+        small(tmp_path, mesh={"tp": 2}, resume=True, **{**options, "checkpoint_every": 2}),
+        stop_after=7,
+    )
+    resumed = _run(ranks, small(tmp_path, resume=True, **staged))
+    assert _losses(resumed) == pytest.approx(_losses(whole), abs=1e-6)
+    assert len(_losses(resumed)) == 12
+    for (_, ours), (_, theirs) in zip(_validations(resumed), _validations(whole), strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-6)
+    for name, weight in _weights(whole).items():
+        torch.testing.assert_close(_weights(resumed)[name], weight, rtol=0, atol=1e-6)
+    held = json.loads(resumed.ranks.read_text())
+    assert sum(one["parameters"] for one in held["ranks"]) < 1.5 * held["one_process"][
+        "parameters"
+    ] * mesh.get("dp", 1)
+    assert all(one["step_bytes"].keys() >= {"pp"} and one["step_bytes"]["pp"] > 0 for one in held["ranks"])
+    assert all(0 <= one["waited_share"] < 1 for one in held["ranks"])
+
+
 def test_resuming_a_finished_run_and_extending_it(ranks: Ranks, tmp_path: Path) -> None:
     constant = {"schedule": "constant"}
     finished = _run(ranks, small(tmp_path, steps=6, optimizer=constant))

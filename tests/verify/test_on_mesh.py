@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from math import prod
 from unittest.mock import patch
 
 import pytest
@@ -26,7 +27,8 @@ def _example() -> Example:
 
 def _verify(name: str, sizes: Mapping[str, int], data: Data) -> Report:
     example = {"training": _example()}
-    return verify_on_ranks(getattr(models, name), example, worker_mesh(**sizes), data=data, steps=2)
+    mesh = worker_mesh(**{"tp": 1, **sizes})
+    return verify_on_ranks(getattr(models, name), example, mesh, data=data, steps=2)
 
 
 @pytest.mark.parametrize(
@@ -35,16 +37,18 @@ def _verify(name: str, sizes: Mapping[str, int], data: Data) -> Report:
         ("llama", {"dp": 2, "tp": 2}, "ddp"),
         ("gpt2", {"dp": 2, "tp": 2}, "fsdp"),
         ("llama", {"dp": 3}, "zero1"),
+        ("gpt2", {"pp": 2, "tp": 2}, "ddp"),
+        ("llama", {"pp": 2, "dp": 2}, "zero1"),
     ],
 )
 def test_equal(ranks: Callable[[int], Pool], name: str, sizes: dict[str, int], data: Data) -> None:
-    count = sizes["dp"] * sizes.get("tp", 1)
-    for report in ranks(count).run(_verify, name, {"tp": 1, **sizes}, data):
+    count = prod(sizes.values())
+    for report in ranks(count).run(_verify, name, sizes, data):
         assert report.passed, str(report)
         assert report.ranks == count
         kinds = {(check.stage, check.kind) for check in report.checks}
         assert {("step 2", "gradients"), ("step 2", "norm"), ("step 2", "parameters")} <= kinds
-        assert f"dp={sizes['dp']} ({data})" in str(report)
+        assert all(f"{name}={size}" in str(report) for name, size in sizes.items())
 
 
 def _of_own_data_only() -> Report:

@@ -99,6 +99,7 @@ def load_pretrained(
     plan: Plan | HandPlan | None = None,
     *,
     dtype: torch.dtype | None = None,
+    share: Sequence[float] | None = None,
     pipeline: Mapping[str, Any] | None = None,
     **config_options: Any,
 ) -> nn.Module:
@@ -110,6 +111,7 @@ def load_pretrained(
         plan: default: derived from how the model computes.
         dtype: of the parameters; default: that of the configuration.
         pipeline: options of :func:`colrow.pipeline_parallel`, where the mesh has ``pp``.
+        share: relative size of each rank's part, for unequal devices; default: balanced.
         config_options: fields of the configuration to change, such as ``attention_dropout=0.1``.
 
     Returns:
@@ -144,7 +146,7 @@ def load_pretrained(
 
     calls = calls_for(model)
     has_experts = plan is not None and size_of(mesh, "ep") > 1  # which are found by how the model computes
-    parallelize(model, mesh, plan or calls, check=calls if has_experts else None)
+    parallelize(model, mesh, plan or calls, share=share, check=calls if has_experts else None)
     if size_of(mesh, "pp") > 1:
         from colrow.parallel.pipeline import pipeline_parallel
 

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,7 @@ class SpecifiedModel:
 
 
 def run(arguments: list[str]) -> int:
-    """Run the command: starts ``--tp`` x ``--dp`` processes on this host.
+    """Run the command: starts ``--pp`` x ``--dp`` x ``--tp`` processes on this host.
 
     Returns:
         0 if the models are equal; 1 if they differ.
@@ -44,9 +45,10 @@ def run(arguments: list[str]) -> int:
         LaunchError: if a rank failed, or no plan can be made.
     """
     options = _parser().parse_args(arguments)
-    for name in ("tp", "dp"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name} must be a number, at least 1, not {getattr(options, name)}")
+    sizes = {name: getattr(options, name) for name in ("pp", "dp", "tp")}
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"--{name} must be a number, at least 1, not {size}")
     settings = dict(_setting(text) for text in options.set)
     is_function = not options.model.startswith("transformers:") and not Path(options.model).is_dir()
     # of a function's model nothing is known that could be made smaller
@@ -65,16 +67,18 @@ def run(arguments: list[str]) -> int:
     count = sum(parameter.numel() for parameter in loaded.model.parameters())
     print(
         f"{loaded.name}{', made small' if shrink else ''}: {count:,} parameters, "
-        f"{' and '.join(loaded.examples)}; starting {options.tp * options.dp} ranks",
+        f"{' and '.join(loaded.examples)}; starting {prod(sizes.values())} ranks",
         file=sys.stderr,
         flush=True,
     )
     report = verify(
         SpecifiedModel(options.model, settings) if is_function else loaded.model,
         loaded.examples,
-        {"tp": options.tp, "dp": options.dp},
+        sizes,
         Plan.load(options.plan) if options.plan is not None else None,
         data=options.data,
+        schedule=options.schedule,
+        micro_batches=options.micro_batches,
         steps=options.steps,
         dtype=getattr(torch, options.dtype),
         sequence=SEQUENCE[options.sequence],
@@ -102,6 +106,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--tp", type=int, required=True, metavar="N", help="ranks to cut the model over")
     add("--dp", type=int, default=1, metavar="N", help="replicas, each with its own data (default: 1)")
     add("--data", choices=DATA, default="ddp", help="how replicas train together (default: ddp)")
+    add("--pp", type=int, default=1, metavar="N", help="stages of a pipeline (default: 1)")
+    add("--schedule", default="1f1b", help="of a pipeline (default: 1f1b)")
+    add("--micro-batches", type=int, default=2, metavar="N", help="of a pipeline (default: 2)")
     add("--steps", type=int, default=3, metavar="N", help="of the optimizer (default: 3)")
     add("--dtype", choices=PRECISIONS, default="float64", help="precision (default: float64)")
     add(

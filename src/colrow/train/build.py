@@ -13,6 +13,7 @@ import colrow
 from colrow.checkpoint import load_optimizer, load_pretrained
 from colrow.collectives import Communicator, communicator
 from colrow.model import calls_for
+from colrow.state import parallel_module
 from colrow.train.configuration import TrainConfiguration
 from colrow.train.folder import RunFolder
 from colrow.train.model import DTYPES, named_plan, new_model, transformers_configuration
@@ -49,18 +50,27 @@ def build(
     source = checkpoint / "model" if checkpoint is not None else configuration.model.path
     torch.manual_seed(configuration.seed)  # replicas have the same weights
     plan = named_plan(configuration.model.plan)
+    pipeline: dict[str, Any] = {
+        "schedule": configuration.mesh.schedule,
+        "micro_batches": configuration.replica_batch // configuration.micro_batch,
+    }
     model: Any
     if source is None:
         description = transformers_configuration(configuration.model, load_tokenizer(folder.tokenizer))
         model = new_model(description, dtype)
-        model = colrow.parallelize(model, mesh, plan or calls_for(model))
+        calls = calls_for(model)
+        colrow.parallelize(model, mesh, plan or calls, share=configuration.mesh.share)
+        if configuration.mesh.pp > 1:
+            model = colrow.pipeline_parallel(model, mesh, calls["training"], **pipeline)
     else:
         # the attention's implementation is no part of a saved configuration
         chosen = {k: v for k, v in configuration.model.fields.items() if k == "attn_implementation"}
-        model = load_pretrained(source, mesh, plan, dtype=dtype, **chosen)
+        share = configuration.mesh.share
+        model = load_pretrained(source, mesh, plan, dtype=dtype, share=share, pipeline=pipeline, **chosen)
     model.to(device_of(mesh))
     if configuration.checkpoint_activations:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        whole: Any = parallel_module(model)
+        whole.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
     if configuration.mesh.dp > 1:
         model = colrow.data_parallel(model, mesh, "fsdp" if configuration.mesh.data == "fsdp" else "ddp")

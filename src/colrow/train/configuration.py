@@ -85,7 +85,7 @@ class SampleConfiguration:
     """The text that the trained model writes at the end.
 
     Attributes:
-        prompt: what the text begins with; empty for no sample.
+        prompt: what the text begins with; empty for no sample. There is none with mesh.pp above 1.
         tokens: how many tokens follow the prompt at most.
         temperature: below 1 prefers likely tokens, 0 always takes the likeliest.
     """
@@ -95,29 +95,40 @@ class SampleConfiguration:
     temperature: float = 0.8
 
 
+Schedule = Literal["gpipe", "1f1b", "looped_bfs", "interleaved_1f1b", "interleaved_zero_bubble", "zbv"]
+
+
 @dataclass
 class MeshConfiguration:
-    """The ranks: their number is dp x tp.
+    """The ranks: their number is pp x dp x tp.
 
     Attributes:
-        tp: number of ranks that share the model.
+        tp: number of ranks that share every layer.
         dp: number of replicas of the model, each of which takes its part of every batch.
+        pp: number of stages of a pipeline, each with some of the layers.
+        share: relative size of each tp rank's part, for unequal devices, such as [3, 3, 2]; null for equal
+            ones.
         data: what replicas divide among them: ddp, nothing; zero1, the optimizer's state; fsdp, parameters
             and gradients too.
+        schedule: in which order stages compute the micro-batches of a step, see torch.distributed.pipelining.
     """
 
     tp: int = 1
     dp: int = 1
+    pp: int = 1
+    share: list[float] | None = None
     data: Literal["ddp", "zero1", "fsdp"] = "ddp"
+    schedule: Schedule = "1f1b"
 
     @property
     def ranks(self) -> int:
         """Number of ranks."""
-        return self.tp * self.dp
+        return self.pp * self.dp * self.tp
 
     def __str__(self) -> str:
+        stages = f"pp={self.pp} ({self.schedule}) x " if self.pp > 1 else ""
         replicas = f"dp={self.dp} ({self.data}) x " if self.dp > 1 else ""
-        return f"{replicas}tp={self.tp} ranks"
+        return f"{stages}{replicas}tp={self.tp} ranks"
 
 
 Precision = Literal["fp32", "bf16-mixed", "bf16", "fp64"]
@@ -140,6 +151,7 @@ class TrainConfiguration:
         batch_size: sequences per optimizer step, of all replicas together.
         micro_batch_size: sequences per forward and backward of a replica; fewer take less memory and give
             the same gradient. Default: all of the replica's.
+        micro_batches: instead of micro_batch_size: how many a replica's sequences are divided into.
         precision: fp32; bf16-mixed computes in bfloat16 where autocast deems it safe and keeps fp32
             parameters; bf16 has bfloat16 parameters too, which round small updates away; fp64 is for
             comparisons (transformers computes losses in fp32 even then).
@@ -164,6 +176,7 @@ class TrainConfiguration:
     minutes: float | None = None
     batch_size: int = 8
     micro_batch_size: int | None = None
+    micro_batches: int | None = None
     precision: Precision = "fp32"
     checkpoint_activations: bool = False
     evaluate_every: int = 100
@@ -190,6 +203,8 @@ class TrainConfiguration:
     @property
     def micro_batch(self) -> int:
         """Sequences per forward and backward of a replica."""
+        if self.micro_batches is not None:
+            return self.replica_batch // self.micro_batches
         return self.replica_batch if self.micro_batch_size is None else self.micro_batch_size
 
     @property
@@ -203,21 +218,14 @@ class TrainConfiguration:
         Raises:
             ValueError: naming the field, its value and what it should be.
         """
-        _at_least(self.mesh.tp, 1, "mesh.tp", "the number of ranks that share the model")
-        _at_least(self.mesh.dp, 1, "mesh.dp", "the number of replicas of the model")
+        self._check_mesh()
         _at_least(self.batch_size, 1, "batch_size")
         if self.batch_size % self.mesh.dp:
             raise ValueError(
                 f"batch_size={self.batch_size} cannot be divided by mesh.dp={self.mesh.dp}: "
                 "every replica takes as many sequences of a batch"
             )
-        _at_least(self.micro_batch, 1, "micro_batch_size")
-        if self.micro_batch > self.replica_batch:
-            whole = "batch_size" if self.mesh.dp == 1 else "batch_size / mesh.dp"
-            raise ValueError(
-                f"micro_batch_size={self.micro_batch} is more than {whole}={self.replica_batch}: "
-                "a batch is processed in micro-batches"
-            )
+        self._check_micro_batches()
         _at_least(self.evaluate_every, 1, "evaluate_every")
         _at_least(self.keep_checkpoints, 1, "keep_checkpoints")
         if self.evaluate_sequences is not None:
@@ -237,6 +245,38 @@ class TrainConfiguration:
         _at_least(self.sample.tokens, 1, "sample.tokens", "for no sample set sample.prompt to ''")
         if self.sample.temperature < 0:
             raise ValueError(f"sample.temperature={self.sample.temperature} must not be negative")
+
+    def _check_mesh(self) -> None:
+        _at_least(self.mesh.tp, 1, "mesh.tp", "the number of ranks that share every layer")
+        _at_least(self.mesh.dp, 1, "mesh.dp", "the number of replicas of the model")
+        _at_least(self.mesh.pp, 1, "mesh.pp", "the number of stages")
+        share = self.mesh.share
+        if share is not None and (len(share) != self.mesh.tp or min(share) <= 0):
+            raise ValueError(
+                f"mesh.share={share} must be mesh.tp={self.mesh.tp} positive numbers, one for each part"
+            )
+
+    def _check_micro_batches(self) -> None:
+        whole = "batch_size" if self.mesh.dp == 1 else "batch_size / mesh.dp"
+        if self.micro_batches is not None:
+            if self.micro_batch_size is not None:
+                raise ValueError("give either micro_batch_size or micro_batches; both are (set one to null)")
+            _at_least(self.micro_batches, 1, "micro_batches")
+            if self.replica_batch % self.micro_batches:
+                raise ValueError(
+                    f"{whole}={self.replica_batch} cannot be divided by micro_batches={self.micro_batches}"
+                )
+        _at_least(self.micro_batch, 1, "micro_batch_size")
+        if self.micro_batch > self.replica_batch:
+            raise ValueError(
+                f"micro_batch_size={self.micro_batch} is more than {whole}={self.replica_batch}: "
+                "a batch is processed in micro-batches"
+            )
+        if self.mesh.pp > 1 and self.replica_batch % self.micro_batch:
+            raise ValueError(
+                f"{whole}={self.replica_batch} cannot be divided by micro_batch_size={self.micro_batch}: "
+                "the micro-batches of a pipeline are equally large"
+            )
 
     def _check_budget(self) -> None:
         if (self.steps is None) == (self.minutes is None):

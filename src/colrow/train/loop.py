@@ -26,6 +26,7 @@ from colrow.train.prepare import prepare, record_steps
 from colrow.train.run import Run
 from colrow.train.schedule import learning_rate
 from colrow.train.step import accumulate_gradients, mean_loss, optimizer_step
+from colrow.train.traffic import Traffic
 
 _MEMORY_EVERY = 10
 
@@ -48,13 +49,13 @@ def train(configuration: dict[str, Any], prepared: bool) -> dict[str, Any]:
     chosen = from_dictionary(configuration)
     if restarts():  # the launcher has started all ranks again after one has failed: the run goes on
         chosen = dataclasses.replace(chosen, resume=True, overwrite=False)
-    mesh = colrow.init_mesh(tp=chosen.mesh.tp, dp=chosen.mesh.dp, timeout=chosen.timeout)
+    mesh = colrow.init_mesh(chosen.mesh.tp, chosen.mesh.dp, pp=chosen.mesh.pp, timeout=chosen.timeout)
     if not prepared:
         _prepare_on_first_rank(chosen, mesh)
     run = Run(chosen, mesh)
     with make_display(run.is_first) as display, Trainer(run, display) as trainer, without_cache(run.cut):
         trainer.train()
-    finish(run)
+    finish(run, trainer.traffic)
     validation = trainer.last_validation
     return {
         "steps": run.done,
@@ -93,6 +94,9 @@ class Trainer:
         self.last_loss: float | None = None
         self.last_validation: ValidationRecord | None = None
         self._memory: list[int] = []
+        chosen = self.configuration
+        micro_batches = math.ceil(chosen.replica_batch / chosen.micro_batch)
+        self.traffic = Traffic(run.model, run.mesh, chosen.mesh, micro_batches)
 
     def __enter__(self) -> Trainer:
         return self
@@ -119,6 +123,9 @@ class Trainer:
 
     def _step(self) -> None:
         run, configuration = self.run, self.configuration
+        is_measured = run.done % _MEMORY_EVERY == 0
+        if is_measured:
+            self.traffic.begin()
         begin, communicated = time.perf_counter(), colrow.comm_stats().seconds
         # dropout is a function of the seed and the step, like the data: resuming needs no more
         colrow.manual_seed(derived_seed(configuration.seed, "step", run.done), run.mesh)
@@ -134,6 +141,8 @@ class Trainer:
         rate = learning_rate(configuration.optimizer, run.done, run.budget.steps)
         norm = optimizer_step(run.model, run.optimizer, rate, configuration.optimizer.max_norm).item()
         seconds = time.perf_counter() - begin
+        if is_measured:
+            self.traffic.end()
         run.done += 1
         self.last_loss = loss
         record = StepRecord(

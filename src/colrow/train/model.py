@@ -18,7 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from colrow.model import calls_for
 from colrow.plan import HandPlan, derive_plan
-from colrow.train.configuration import ModelConfiguration, Precision
+from colrow.train.configuration import MeshConfiguration, ModelConfiguration, Precision
 
 DTYPES: dict[Precision, torch.dtype] = {
     "fp32": torch.float32,
@@ -107,13 +107,15 @@ def named_plan(name: str | None) -> HandPlan | None:
     return found
 
 
-def check_on_meta(configuration: Any, plan: HandPlan | None, tp: int, checkpoint_activations: bool) -> int:
+def check_on_meta(
+    configuration: Any, plan: HandPlan | None, mesh: MeshConfiguration, checkpoint_activations: bool
+) -> int:
     """Build and plan the model without memory, to see that it can be built and cut.
 
     Args:
         configuration: of transformers.
         plan: how to cut it; ``None``: as follows from how it computes.
-        tp: number of ranks.
+        mesh: the ranks.
         checkpoint_activations: whether it is meant to recompute activations.
 
     Returns:
@@ -130,9 +132,9 @@ def check_on_meta(configuration: Any, plan: HandPlan | None, tp: int, checkpoint
             f"{type(model).__name__} cannot recompute its layers: set checkpoint_activations: false"
         )
     if plan is not None:
-        plan.resolve(model, tp)
-    elif tp > 1:
-        derive_plan(model, calls_for(model), tp)
+        plan.resolve(model, mesh.tp, mesh.share)
+    elif mesh.tp > 1:
+        derive_plan(model, calls_for(model), mesh.tp, share=mesh.share)
     return sum(parameter.numel() for parameter in model.parameters())
 
 

@@ -68,7 +68,7 @@ def prepare(configuration: TrainConfiguration) -> list[str]:
         model = transformers_configuration(configuration.model, tokenizer)
         _check_lengths(model, tokenizer, configuration)
         plan = named_plan(configuration.model.plan)
-        parameters = check_on_meta(model, plan, configuration.mesh.tp, configuration.checkpoint_activations)
+        parameters = check_on_meta(model, plan, configuration.mesh, configuration.checkpoint_activations)
         fresh = stage.data.exists()
         training, validation = open_sequences(stage if fresh else folder, configuration.data, data.vocab_size)
         if configuration.overwrite:  # only now that nothing can go wrong any more

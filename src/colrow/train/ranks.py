@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from rich.console import Console
 from rich.table import Table
@@ -18,12 +18,16 @@ class RankHolding:
         parameter_bytes: their size.
         training_bytes: with the gradients and AdamW's two running means.
         peak_bytes: the most memory of the process (on a GPU: of its tensors); ``None`` if not measured.
+        step_bytes: what it communicated in a step, by the dimension of the mesh.
+        waited_share: of a step's time, in which a rank of a pipeline did not compute; ``None`` without one.
     """
 
     parameters: int
     parameter_bytes: int
     training_bytes: int
     peak_bytes: int | None
+    step_bytes: dict[str, int] = field(default_factory=dict)
+    waited_share: float | None = None
 
 
 def holdings_table(ranks: Sequence[RankHolding], whole: RankHolding) -> Table:
@@ -32,8 +36,17 @@ def holdings_table(ranks: Sequence[RankHolding], whole: RankHolding) -> Table:
     table.add_column("")
     for heading in ("parameters", "of the model", "their bytes", "+ gradients, AdamW", "peak memory"):
         table.add_column(heading, justify="right")
+    dimensions = list(dict.fromkeys(name for one in ranks for name in one.step_bytes))
+    for name in dimensions:
+        table.add_column(f"a step's {name} bytes", justify="right")
+    has_stages = any(one.waited_share is not None for one in ranks)
+    if has_stages:
+        table.add_column("waited", justify="right")
     for number, one in enumerate(ranks):
-        table.add_row(f"rank {number}", *_cells(one, whole))
+        cells = [_megabytes(one.step_bytes[name]) for name in dimensions]
+        if has_stages:
+            cells.append("-" if one.waited_share is None else f"{one.waited_share:.0%}")
+        table.add_row(f"rank {number}", *_cells(one, whole), *cells)
     table.add_section()
     table.add_row("one process", *_cells(whole, whole), style="dim")
     return table

@@ -81,7 +81,13 @@ class Run:
         """
         if self.validation is None:
             return
-        count, size = self._evaluation_sequences(), self.configuration.micro_batch
+        count = self._evaluation_sequences()
+        # a pipeline divides what it is given into micro-batches
+        size = (
+            self.configuration.micro_batch
+            if self.configuration.mesh.pp == 1
+            else self.configuration.replica_batch
+        )
         batches = [range(first, min(first + size, count)) for first in range(0, count, size)]
         for first in range(0, len(batches), self.configuration.mesh.dp):
             own = first + self.mesh.get_local_rank("dp")

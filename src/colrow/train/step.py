@@ -38,16 +38,22 @@ def accumulate_gradients(
     tokens of all replicas' batches, however they are divided.
 
     Args:
-        model: a transformers causal language model, cut or whole, with or without replicas.
+        model: a transformers causal language model, cut or whole, with or without replicas; or a pipeline.
         batch: this replica's token ids [sequences, length], on the model's device.
-        micro_batch_size: sequences at a time; as many times on every replica.
+        micro_batch_size: sequences at a time; as many times on every replica. A pipeline has its own number
+            of micro-batches.
         precision: whether to compute in bfloat16.
         mesh: the ranks.
 
     Returns:
         The loss before the step: float64, a scalar on the model's device, the same on every rank.
     """
-    weight = colrow.token_weight(mesh, predicted_tokens(batch))
+    tokens = predicted_tokens(batch)
+    weight = colrow.token_weight(mesh, tokens)
+    if isinstance(model, colrow.Pipeline):
+        with autocast(precision, batch.device.type):
+            loss = model.step({"input_ids": batch, "labels": batch}, weight * tokens) * (weight * tokens)
+        return _sum_over_replicas(loss, mesh) / mesh["dp"].size()
     loss = torch.zeros((), dtype=torch.float64, device=batch.device)
     micro_batches = batch.split(micro_batch_size)
     for number, micro_batch in enumerate(micro_batches, 1):
@@ -59,6 +65,13 @@ def accumulate_gradients(
             (mean * share if share != 1 else mean).backward()
         loss += mean.detach().double() * share
     return _sum_over_replicas(loss, mesh) / mesh["dp"].size()
+
+
+def _whole_micro_batches(model: Any, batch: Tensor) -> tuple[Tensor, Tensor]:
+    """Ids and labels of a batch; of a pipeline's with rows that are not predicted, if it has too few."""
+    missing = -len(batch) % model.micro_batches if isinstance(model, colrow.Pipeline) else 0
+    filling = batch[:1].expand(missing, -1)
+    return torch.cat([batch, filling]), torch.cat([batch, torch.full_like(filling, IGNORED)])
 
 
 def _sum_over_replicas(numbers: Tensor, mesh: DeviceMesh) -> Tensor:
@@ -107,8 +120,9 @@ def mean_loss(
         for batch, counts in batches:
             batch = batch.to(device)
             count = predicted_tokens(batch)
+            rows, labels = _whole_micro_batches(model, batch)
             with autocast(precision, device.type):
-                mean = model(input_ids=batch, labels=batch).loss
+                mean = model(input_ids=rows, labels=labels).loss
             if counts:
                 found += torch.stack([mean.double() * count, torch.full_like(mean, count).double()])
     finally:

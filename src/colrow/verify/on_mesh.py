@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -12,9 +13,9 @@ from torch.autograd.graph import _engine_run_backward
 from torch.distributed.device_mesh import DeviceMesh
 
 from colrow.data_shards import cut_like, held
-from colrow.mesh import replicas
+from colrow.mesh import replicas, size_of
 from colrow.modules import names_by_parameter
-from colrow.parallel import data_parallel, zero_redundancy_optimizer
+from colrow.parallel import Pipeline, data_parallel, pipeline_parallel, zero_redundancy_optimizer
 from colrow.parameters import clip_grad_norm_
 from colrow.replicas import check_replicas
 from colrow.state import parallel_module
@@ -30,6 +31,31 @@ from colrow.verify.steps import MOMENTUM, STEP, WEIGHT_DECAY
 Data = Literal["ddp", "zero1", "fsdp"]
 
 
+@dataclass(frozen=True)
+class Composition:
+    """How the dimensions of a mesh work together.
+
+    Attributes:
+        data: how replicas train together.
+        schedule: of a pipeline.
+        micro_batches: of a pipeline, into which each replica's batch is divided.
+    """
+
+    data: Data = "ddp"
+    schedule: str = "1f1b"
+    micro_batches: int = 2
+
+    def __post_init__(self) -> None:
+        if self.data not in get_args(Data):
+            raise ValueError(f"data must be 'ddp', 'zero1' or 'fsdp', not {self.data!r}")
+
+    def describe(self, mesh: DeviceMesh) -> str:
+        """The mesh in words: its dimensions of more than one rank, and how they work."""
+        kinds = {"dp": f" ({self.data})", "pp": f" ({self.schedule}, {self.micro_batches} micro-batches)"}
+        sizes = {name: mesh[name].size() for name in mesh.mesh_dim_names or ()}
+        return " x ".join(f"{name}={size}{kinds.get(name, '')}" for name, size in sizes.items() if size > 1)
+
+
 class MeshTraining:
     """The same steps on one device and on a mesh: losses, gradients, norms, parameters.
 
@@ -41,7 +67,7 @@ class MeshTraining:
         model: the same model, parallelized over the mesh's ``tp`` ranks.
         mesh: with all its dimensions.
         example: a call in training that gives a loss.
-        data: how replicas train together.
+        composition: how its dimensions work together.
         exchange: between all ranks of the mesh.
         dtype: of everything.
         tolerance: of errors relative to the largest magnitude.
@@ -58,21 +84,18 @@ class MeshTraining:
         mesh: DeviceMesh,
         example: Example,
         *,
-        data: Data,
+        composition: Composition,
         exchange: Exchange,
         dtype: torch.dtype,
         tolerance: float,
         seed: int,
     ) -> None:
-        if data not in get_args(Data):
-            raise ValueError(f"data must be 'ddp', 'zero1' or 'fsdp', not {data!r}")
         keywords_of(example)
         self._original, self._example = original, example
         self._mesh, self._shared = mesh, replicas(mesh)
         self._exchange, self._dtype, self._tolerance, self._seed = exchange, dtype, tolerance, seed
-        self._data: Data = data
-        self._cut = model
-        self._model = self._together(lambda: data_parallel(model, mesh, "fsdp" if data == "fsdp" else "ddp"))
+        self._composition, self._cut = composition, model
+        self._model: nn.Module = self._together(lambda: self._composed(model))
         self._before = {name: held(one).detach().clone() for name, one in self._named().items()}
         self.checks: list[Check] = []
 
@@ -111,6 +134,17 @@ class MeshTraining:
             self._parameters(stage)
         self._replicas(f"after {steps} steps")
 
+    def _composed(self, model: nn.Module) -> nn.Module:
+        mesh, how = self._mesh, self._composition
+        if size_of(mesh, "pp") > 1:
+            keywords = keywords_of(self._example)
+            model = pipeline_parallel(
+                model, mesh, keywords, schedule=how.schedule, micro_batches=how.micro_batches
+            )
+        if self._shared.size() > 1:
+            model = data_parallel(model, mesh, "fsdp" if how.data == "fsdp" else "ddp")
+        return model
+
     def _gradients(self, stage: str, step: int) -> float:
         """Compare losses and gradients of one step; returns by what they are measured at least."""
         count, own = self._shared.size(), self._shared.get_local_rank()
@@ -125,9 +159,12 @@ class MeshTraining:
 
         def run() -> Tensor:
             self._model.zero_grad()
+            weight = weight_of(step, own) * count  # gradients are averaged
             with comparable(self._dtype, self._seed):
+                if isinstance(self._model, Pipeline):
+                    return self._model.step(keywords_of(batches[own]), weight)
                 loss = _loss(self._model, batches[own])
-                _backward(loss * weight_of(step, own) * count)  # gradients are averaged
+                _backward(loss * weight)
             return loss.detach()
 
         name = f"loss of replica {own}"
@@ -180,7 +217,7 @@ class MeshTraining:
             "weight_decay": WEIGHT_DECAY,
         }
         own = self._model.parameters()
-        if self._data == "zero1":
+        if self._composition.data == "zero1":
             cut: torch.optim.Optimizer = zero_redundancy_optimizer(
                 own, torch.optim.SGD, self._mesh, **options
             )

@@ -30,7 +30,7 @@ from colrow.verify.exchange import Exchange, RanksRaised
 from colrow.verify.inputs import Examples, examples_by_mode, prepared
 from colrow.verify.measure import TOLERANCES
 from colrow.verify.models import build_pair
-from colrow.verify.on_mesh import Data, MeshTraining
+from colrow.verify.on_mesh import Composition, Data, MeshTraining
 from colrow.verify.precision import one_precision
 from colrow.verify.report import Check, Difference, Report
 from colrow.verify.run import Runner
@@ -51,6 +51,8 @@ def verify(
     plan: Plan | HandPlan | None = None,
     *,
     data: Data = "ddp",
+    schedule: str = "1f1b",
+    micro_batches: int = 2,
     steps: int = 3,
     dtype: torch.dtype = torch.float64,
     share: Sequence[float] | None = None,
@@ -81,6 +83,8 @@ def verify(
             :func:`colrow.init_mesh` takes them.
         plan: what to verify; default: the derived plan.
         data: how replicas train together: ``"ddp"``, ``"zero1"`` or ``"fsdp"``.
+        schedule: of a pipeline, see :func:`colrow.pipeline_parallel`.
+        micro_batches: of a pipeline, into which a batch is divided.
         steps: of the optimizer; 0 for none.
         dtype: float64, or float32 with a wider tolerance.
         share: relative size of each rank's part; default: balanced.
@@ -109,6 +113,8 @@ def verify(
     options = {
         "plan": plan,
         "data": data,
+        "schedule": schedule,
+        "micro_batches": micro_batches,
         "steps": steps,
         "dtype": dtype,
         "share": share,
@@ -154,6 +160,8 @@ def verify_on_ranks(
     plan: Plan | HandPlan | None = None,
     *,
     data: Data = "ddp",
+    schedule: str = "1f1b",
+    micro_batches: int = 2,
     steps: int = 3,
     dtype: torch.dtype = torch.float64,
     share: Sequence[float] | None = None,
@@ -182,6 +190,7 @@ def verify_on_ranks(
     _check(dtype, steps, share, sequence, plan)
     if mesh.device_type != "cpu":
         raise ValueError("models are compared on CPUs: make the mesh with colrow.init_mesh(device='cpu')")
+    composition = Composition(data, schedule, micro_batches)
     begin = time.perf_counter()
     ranks = communicator(mesh)
     has_more = mesh.size() > ranks.size
@@ -209,7 +218,7 @@ def verify_on_ranks(
                 cut,
                 mesh,
                 _training_example(modes),
-                data=data,
+                composition=composition,
                 exchange=exchange,
                 dtype=dtype,
                 tolerance=TOLERANCES[dtype],
@@ -233,7 +242,7 @@ def verify_on_ranks(
         tuple(notes),
         difference,
         *times,
-        _describe(mesh, data) if has_more else "",
+        composition.describe(mesh) if has_more else "",
     )
 
 
@@ -241,12 +250,6 @@ def _everyone() -> Communicator:
     everyone = dist.group.WORLD
     assert everyone is not None  # there is a mesh
     return communicator(everyone)
-
-
-def _describe(mesh: DeviceMesh, data: str) -> str:
-    kinds = {"dp": f" ({data})"}
-    sizes = {name: mesh[name].size() for name in mesh.mesh_dim_names or ()}
-    return " x ".join(f"{name}={size}{kinds.get(name, '')}" for name, size in sizes.items() if size > 1)
 
 
 def _training_example(modes: Mapping[str, Example]) -> Example:
