@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -14,6 +15,9 @@ from colrow.mesh import root_mesh
 from colrow.modules import names_by_parameter
 from colrow.plan import Plan
 from colrow.undo import Undo
+
+if TYPE_CHECKING:
+    from colrow.apply.sequence import SequenceLength
 
 _ATTRIBUTE = "_colrow_state"
 
@@ -76,6 +80,7 @@ class ParallelState:
         undo: what takes back all but the cutting of parameters.
         pipeline: where the other parameters are, if this rank has some stages of the model only.
         experts: what the ranks of ``ep`` divide, if there are such ranks.
+        lengths: by name, those of the sequences that are cut between regions.
     """
 
     mesh: DeviceMesh
@@ -85,6 +90,7 @@ class ParallelState:
     undo: Undo
     pipeline: PipelineShare | None = None
     experts: ExpertGroup | None = None
+    lengths: Mapping[str, SequenceLength] = field(default_factory=dict)
 
     @property
     def is_first_replica(self) -> bool:

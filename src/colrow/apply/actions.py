@@ -87,7 +87,7 @@ class Applier:
         self._undo = Undo(model)
         self._modules, self._calls = ModuleTable(model), CallTable(model)
         self._region = RegionRandomness(ranks)
-        self._lengths: dict[str, SequenceLength] = {}
+        self.lengths: dict[str, SequenceLength] = {}
         self._of_layers: list[SharedEntry | KeptParts] = []
 
     def apply(self, gather_logits: bool) -> Undo:
@@ -188,7 +188,7 @@ class Applier:
         return ScatterSequence(self._length(along), label, along.dimension)
 
     def _length(self, along: Along) -> SequenceLength:
-        return self._lengths.setdefault(along.sequence, SequenceLength(self._ranks, along.sequence))
+        return self.lengths.setdefault(along.sequence, SequenceLength(self._ranks, along.sequence))
 
     def _members(self, places: Sequence[Place]) -> int:
         """How many read what places share; 0 if calls do, of which there is no telling."""

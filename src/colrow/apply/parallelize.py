@@ -135,12 +135,14 @@ def parallelize(
     told = None
     if not isinstance(example, Plan | HandPlan) and ranks.size > 1 and mesh.get_rank() == 0:
         told = summary(plan, {name: one.numel() for name, one in model.named_parameters()})
-    undo = Applier(model, ranks, plan).apply(logits == "gather")
+    applier = Applier(model, ranks, plan)
+    undo = applier.apply(logits == "gather")
     divided = over_ep.give_experts(model, mesh, experts, layouts)
     if across is not None:
         across()
     refuse_own_save(model)
-    attach_state(model, ParallelState(mesh, ranks, plan, layouts, undo, experts=divided))
+    state = ParallelState(mesh, ranks, plan, layouts, undo, experts=divided, lengths=applier.lengths)
+    attach_state(model, state)
     if told is not None:
         warnings.warn(told, PlanWarning, stacklevel=2)
     return model

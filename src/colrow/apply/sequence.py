@@ -56,6 +56,15 @@ class SequenceLength:
     def _parts(self, length: int) -> tuple[int, ...]:
         return Cut.balanced(length, self.ranks.size).counts
 
+    @property
+    def latest(self) -> int:
+        """The latest length that was seen; 0 before the first, and after :meth:`forget`."""
+        return self._latest
+
+    def forget(self) -> None:
+        """Take no length to be the latest."""
+        self._latest = 0
+
     def parts_around(self, part: Tensor, dimension: int) -> tuple[int, ...]:
         """The lengths of all parts, given this rank's.
 

@@ -31,6 +31,7 @@ SLOW: dict[str, Case] = {
     "three stages, tied": ("llama tied", {"pp": 3}, {"micro_batches": 4, "schedule": "gpipe"}),
     "three stages of both": ("t5", {"pp": 3}, {}),
     "four stages with skips": ("skips", {"pp": 4}, {}),
+    "tensor-parallel stages that cut the sequence": ("llama", {"pp": 2, "tp": 2}, {"sequence": True}),
     "tensor-parallel stages, zero bubble": ("llama tied", {"pp": 2, "tp": 2}, {"schedule": "zbv"}),
     "tensor-parallel stages of both": ("t5", {"pp": 2, "tp": 2}, {"stages": ["decoder.block.1"]}),
 }

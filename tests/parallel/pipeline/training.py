@@ -20,12 +20,14 @@ STEPS = 2
 CLIP = 0.05
 
 
-def make(name: str, shape: dict[str, int], data: str = "", **options: Any) -> Pipeline:
+def make(
+    name: str, shape: dict[str, int], data: str = "", sequence: bool = False, **options: Any
+) -> Pipeline:
     """A pipeline of the model of a name on a mesh of a shape."""
     mesh = worker_mesh(shape.get("tp", 1), shape.get("dp", 1), shape["pp"])
     model = build(name)
     if shape.get("tp", 1) > 1:
-        colrow.parallelize(model, mesh, example_of(name))
+        colrow.parallelize(model, mesh, example_of(name), sequence=sequence)
     pipeline = colrow.pipeline_parallel(model, mesh, example_of(name), **options)
     if data:
         assert colrow.data_parallel(pipeline, mesh, data) is pipeline  # type: ignore[arg-type]

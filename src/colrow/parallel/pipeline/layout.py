@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from colrow.parallel.pipeline.flow import Flow
-from colrow.parallel.pipeline.record import Recording
+from colrow.parallel.pipeline.record import Recording, alone
 from colrow.trace.records import Value
 from colrow.trace.tree import Path
 
@@ -92,8 +92,8 @@ def lay_out(
                 index,
                 first,
                 last,
-                flow.crossing.get(first, ()),
-                flow.crossing.get(last, ()),
+                tuple(map(alone, flow.crossing.get(first, ()))),
+                tuple(map(alone, flow.crossing.get(last, ()))),
                 frozenset(parameters),
                 outputs,
                 frozenset(flow.outputs) - outputs,

@@ -22,7 +22,7 @@ from colrow.parallel.pipeline.gradients import SharedGradients
 from colrow.parallel.pipeline.hold import release_parameters
 from colrow.parallel.pipeline.layout import StageLayout, lay_out
 from colrow.parallel.pipeline.pipeline import Pipeline
-from colrow.parallel.pipeline.record import MODE, Recording, record_units
+from colrow.parallel.pipeline.record import MODE, Recording, record_units, without_trace
 from colrow.parallel.pipeline.run import Frame, UnitForward
 from colrow.parallel.pipeline.schedules import ranks_of_stages, schedule_kind
 from colrow.parallel.pipeline.stage import StageModule
@@ -156,7 +156,7 @@ def _cut(
 ) -> Pipeline:
     own = layout.of_rank(ranks.rank)
     device = torch.device(mesh.device_type)
-    frame = Frame(recording.calls, frozenset(flow.written), device)
+    frame = Frame([without_trace(call) for call in recording.calls], frozenset(flow.written), device)
     held = frozenset().union(*(stage.parameters for stage in own))
     called = {recording.calls[index].path for stage in own for index in range(stage.first, stage.last)}
     sizes = {name: parameter.element_size() for name, parameter in model.named_parameters()}

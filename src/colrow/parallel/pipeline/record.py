@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from colrow.apply.unshard import unshard
@@ -13,7 +14,7 @@ from colrow.forwards import OwnForward, take_back
 from colrow.parallel.pipeline.units import units_of
 from colrow.state import is_parallelized
 from colrow.trace import Example, Trace, trace_together
-from colrow.trace.meta import meta_copy
+from colrow.trace.meta import copy_with_tensors, meta_copy
 from colrow.trace.records import ModuleCall, Value
 from colrow.trace.tree import Path, is_object, tensors_by_path
 
@@ -130,7 +131,6 @@ def _is_within(inner: ModuleCall, outer: ModuleCall) -> bool:
 
 def _unit_call(index: int, record: ModuleCall, entry: _Seen) -> UnitCall:
     tensors = dict(tensors_by_path(entry.result, inside_result=True))
-    outputs = tuple((path, tensors[path], value) for path, value in record.outputs if path in tensors)
     given = {value.index: path for path, value in reversed(record.inputs)}
     objects: list[tuple[Any, Path]] = []
     arguments: dict[int, Path] = {}
@@ -140,7 +140,29 @@ def _unit_call(index: int, record: ModuleCall, entry: _Seen) -> UnitCall:
     for item in _leaves(entry.result):
         if id(item) in arguments and is_object(item):
             objects.append((item, arguments[id(item)]))
-    return UnitCall(index, record.path, record, entry.result, outputs, given, tuple(objects))
+    # without the graph that led to them
+    memo: dict[int, Any] = {id(item): item for item, _ in objects}
+    result = copy_with_tensors(entry.result, _alone, memo)
+    outputs = tuple(
+        (path, memo[id(tensors[path])], value) for path, value in record.outputs if path in tensors
+    )
+    return UnitCall(index, record.path, record, result, outputs, given, tuple(objects))
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, device="meta", requires_grad=False)
+
+
+def without_trace(call: UnitCall) -> UnitCall:
+    """What a run of the call needs of it: the trace is large, and is let go of."""
+    outputs = tuple((path, tensor, alone(value)) for path, tensor, value in call.outputs)
+    record = ModuleCall(call.record.index, call.path, None, call.record.first)
+    return replace(call, record=record, outputs=outputs)
+
+
+def alone(value: Value) -> Value:
+    """A value without the operators that made it and read it."""
+    return Value(value.index, value.shape, value.dtype, value.source, value.storage)
 
 
 def _leaves(item: Any) -> list[Any]:

@@ -49,10 +49,12 @@ class BatchShapes:
     Attributes:
         sent: by stage, what it sends to the next one.
         returned: what units return, by the index of the call and the path in its result.
+        lengths: of the sequences that are cut over tensor-parallel ranks, by name.
     """
 
     sent: tuple[tuple[Sent, ...], ...]
     returned: Mapping[tuple[int, Path], tuple[tuple[int, ...], torch.dtype]]
+    lengths: Mapping[str, int]
 
 
 def rehearse(
@@ -75,19 +77,23 @@ def rehearse(
         PlanError: if a stage cannot run; on all ranks.
     """
     sent: list[tuple[Sent, ...]] = []
+    lengths: dict[str, int] = {}
     returned: dict[tuple[int, Path], tuple[tuple[int, ...], torch.dtype]] = {}
     for stage in layout.stages:
         message: Any = None
         failure: Exception | None = None
         if stage.index in modules:
             module = modules[stage.index]
-            module.shapes = returned
+            module.shapes, module.known_lengths = returned, lengths
+            for sequence in module.sequences.values():
+                sequence.forget()
             received = tuple(one.blank(device) for one in (sent[-1] if sent else ()))
             try:
                 with _untouched(module):
                     run, _ = module.run(received, batch)
                     own = tuple(Sent(tuple(one.shape), one.dtype, one.requires_grad) for one in run.sent())
-                message = (own, run.returned)
+                seen = {name: one.latest for name, one in module.sequences.items() if one.latest}
+                message = (own, run.returned, seen)
             except RankFailure:
                 raise
             except Exception as error:
@@ -101,7 +107,8 @@ def rehearse(
             )
         sent.append(told[0])
         returned.update(told[1])
-    return BatchShapes(tuple(sent), returned)
+        lengths.update(told[2])
+    return BatchShapes(tuple(sent), returned, lengths)
 
 
 def _broadcast(ranks: Communicator, message: Any, source: int, device: torch.device) -> Any:

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from colrow.apply.sequence import SequenceLength
 from colrow.errors import PlanError
 from colrow.modules import names_by_parameter
 from colrow.parallel.pipeline.layout import Stage
 from colrow.parallel.pipeline.run import Frame, Passing, Run, Shapes, StageEnd
+from colrow.state import state_of
 from colrow.trace.tree import Path, tensors_by_path
 
 
@@ -27,6 +29,7 @@ class StageModule(nn.Module):
 
     Attributes:
         shapes: of what earlier units return.
+        known_lengths: of sequences that are cut over tensor-parallel ranks, by name.
         losses: of the last stage, the loss of each micro-batch of this step.
     """
 
@@ -37,6 +40,7 @@ class StageModule(nn.Module):
         self._model = (model,)
         self._frame, self._stage, self._is_last, self._loss = frame, stage, is_last, loss
         self.shapes: Shapes = {}
+        self.known_lengths: Mapping[str, int] = {}
         self.losses: list[Tensor] = []
         self._tied = {
             name
@@ -53,6 +57,7 @@ class StageModule(nn.Module):
         batches: Sequence[Mapping[str, Any]],
         shares: Sequence[float],
         shapes: Shapes,
+        lengths: Mapping[str, int],
         keep: Callable[[int, Any], None] | None = None,
     ) -> None:
         """A step begins.
@@ -61,18 +66,25 @@ class StageModule(nn.Module):
             batches: the micro-batches: keywords of the model's forward.
             shares: what the loss of each counts; none for an evaluation.
             shapes: of what earlier units return.
+            lengths: of sequences that are cut, by name.
             keep: takes the number of a micro-batch and what the model returned, on the last stage.
         """
         self.losses = []
-        self._batches, self._shares, self.shapes, self._keep = batches, shares, shapes, keep
+        self._batches, self._shares, self._keep = batches, shares, keep
+        self.shapes, self.known_lengths = shapes, lengths
 
     def end(self) -> None:
         """The step is over: let go of its batch."""
-        self.begin((), (), {})
+        self.begin((), (), {}, {})
 
     @property
     def model(self) -> nn.Module:
         return self._model[0]
+
+    @property
+    def sequences(self) -> Mapping[str, SequenceLength]:
+        """Sequences that are cut over tensor-parallel ranks, by name."""
+        return state_of(self.model).lengths
 
     @property
     def device(self) -> torch.device:
@@ -118,6 +130,7 @@ class StageModule(nn.Module):
             for value, tensor in zip(self._stage.receives, received, strict=True)
         }
         run = Run(self._frame, self._stage, values, self.shapes)
+        self._note_lengths()
         output: Any = None
         self._frame.current = run
         try:
@@ -127,6 +140,11 @@ class StageModule(nn.Module):
         finally:
             self._frame.current = None
         return run, output
+
+    def _note_lengths(self) -> None:
+        """Sequences that are cut over tensor-parallel ranks are whole on the first stage only."""
+        for name, length in self.known_lengths.items():
+            self.sequences[name].parts(length)
 
     def loss_of(self, output: Any) -> Tensor:
         """The loss in what the model returned.
