@@ -27,15 +27,15 @@ from rich.table import Table
 from colrow.launch import LaunchError, launch
 
 DIMENSIONS = {
-    "llama": ("pp", "dp", "tp"),
-    "gpt2": ("pp", "dp", "tp"),
+    "llama": ("pp", "dp", "cp", "tp"),
+    "gpt2": ("pp", "dp", "cp", "tp"),
     "t5": ("pp", "dp", "tp"),
-    "mixtral": ("pp", "dp", "tp"),
+    "mixtral": ("pp", "dp", "ep", "tp"),
 }
 """The dimensions that make sense for each model."""
 DATA = ("ddp", "zero1", "fsdp")
 SCHEDULES = ("1f1b", "gpipe", "zbv", "interleaved_1f1b", "interleaved_zero_bubble")
-"""Of pipelines; each case has another one."""
+"""Of pipelines; each case has another one. What passes between stages of T5 are several values."""
 ONE_STAGE = ("1f1b", "gpipe")
 """Those that give each rank one stage: the models have four layers."""
 STAGES = 4
@@ -45,7 +45,7 @@ SECONDS = 120.0
 
 def cases(models: Sequence[str], ranks: int) -> Iterator[dict[str, Any]]:
     """All cases of so many ranks. How replicas train together matters where there are some."""
-    several, one = itertools.cycle(SCHEDULES), itertools.cycle(ONE_STAGE)
+    several, single = itertools.cycle(SCHEDULES), itertools.cycle(ONE_STAGE)
     for model in models:
         names = DIMENSIONS[model]
         divisors = [size for size in range(1, ranks + 1) if ranks % size == 0]
@@ -55,9 +55,14 @@ def cases(models: Sequence[str], ranks: int) -> Iterator[dict[str, Any]]:
             mesh = dict(zip(names, sizes, strict=True))
             if mesh["tp"] == ranks or mesh["pp"] > STAGES:
                 continue  # the first is what verify does without a mesh
-            has_replicas = mesh["dp"] * mesh.get("ep", 1) > 1
-            for data in DATA if has_replicas else DATA[:1]:
-                schedule = next(several if mesh["pp"] == 2 else one) if mesh["pp"] > 1 else ""
+            if mesh["pp"] > 1 and mesh.get("ep", 1) > 1:
+                continue  # stages do not divide experts
+            has_replicas = mesh["dp"] * mesh.get("ep", 1) * mesh.get("cp", 1) > 1
+            # one ZeRO optimizer does not divide the state of experts, which differ along ep
+            ways = [one for one in DATA if mesh.get("ep", 1) == 1 or one != "zero1"]
+            for data in ways if has_replicas else DATA[:1]:
+                takes_several = mesh["pp"] == 2 and model != "t5"
+                schedule = next(several if takes_several else single) if mesh["pp"] > 1 else ""
                 yield {"model": model, "mesh": mesh, "data": data, "schedule": schedule}
 
 
@@ -99,7 +104,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> Table:
         shown.add_row(
             row["model"],
             mesh,
-            row["data"] if row["mesh"]["dp"] > 1 else "",
+            row["data"],
             row["schedule"],
             "yes" if row["equal"] else "NO",
             f"{row['error']:.1e}",

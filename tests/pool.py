@@ -27,12 +27,12 @@ COLLECTIVE_SECONDS = 60.0
 _meshes: dict[tuple[int, int, int, int], DeviceMesh] = {}
 
 
-def worker_mesh(tp: int, dp: int = 1, pp: int = 1, ep: int = 1) -> DeviceMesh:
+def worker_mesh(tp: int, dp: int = 1, pp: int = 1, ep: int = 1, cp: int = 1) -> DeviceMesh:
     """In a worker: the mesh of this shape, made once per pool."""
-    sizes = (tp, dp, pp, ep)
+    sizes = (tp, dp, pp, ep, cp)
     if sizes not in _meshes:
         limit = COLLECTIVE_SECONDS
-        _meshes[sizes] = colrow.init_mesh(tp=tp, dp=dp, pp=pp, ep=ep, device="cpu", timeout=limit)
+        _meshes[sizes] = colrow.init_mesh(tp, dp, pp=pp, ep=ep, cp=cp, device="cpu", timeout=limit)
     return _meshes[sizes]
 
 

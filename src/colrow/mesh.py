@@ -199,6 +199,12 @@ def _together(mesh: DeviceMesh, dimensions: tuple[str, ...], name: str) -> Devic
     return mesh[several]._flatten(name)  # the same one each time
 
 
+def data_part(mesh: DeviceMesh) -> tuple[int, int]:
+    """Which part of a batch this rank computes, and of how many: along ``dp`` and ``ep`` each has its own."""
+    experts = size_of(mesh, "ep")
+    return coordinate(mesh, "dp") * experts + coordinate(mesh, "ep"), size_of(mesh, "dp") * experts
+
+
 def mesh_table(mesh: DeviceMesh) -> str:
     """Which rank is where, to be read: one line for the ranks that differ in the last dimension only."""
     names, ranks = mesh.mesh_dim_names or (), mesh.mesh

@@ -12,6 +12,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
@@ -63,6 +65,23 @@ def gpt2() -> nn.Module:
         eos_token_id=1,
     )
     return GPT2LMHeadModel(config)
+
+
+def mixtral() -> nn.Module:
+    config = MixtralConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=20,
+        intermediate_size=22,
+        num_hidden_layers=2,
+        num_attention_heads=5,
+        num_key_value_heads=1,
+        head_dim=4,
+        num_local_experts=5,
+        num_experts_per_tok=2,
+        initializer_range=0.2,
+    )
+    config._experts_implementation = "eager"  # what it calls by default takes no float64 on CPUs
+    return MixtralForCausalLM(config)
 
 
 def bert() -> nn.Module:

@@ -39,6 +39,8 @@ def _verify(name: str, sizes: Mapping[str, int], data: Data) -> Report:
         ("llama", {"dp": 3}, "zero1"),
         ("gpt2", {"pp": 2, "tp": 2}, "ddp"),
         ("llama", {"pp": 2, "dp": 2}, "zero1"),
+        ("gpt2", {"cp": 2, "tp": 2}, "ddp"),
+        ("mixtral", {"ep": 2, "tp": 2}, "fsdp"),
     ],
 )
 def test_equal(ranks: Callable[[int], Pool], name: str, sizes: dict[str, int], data: Data) -> None:

@@ -45,7 +45,7 @@ def run(arguments: list[str]) -> int:
         LaunchError: if a rank failed, or no plan can be made.
     """
     options = _parser().parse_args(arguments)
-    sizes = {name: getattr(options, name) for name in ("pp", "dp", "tp")}
+    sizes = {name: getattr(options, name) for name in ("pp", "dp", "ep", "cp", "tp")}
     for name, size in sizes.items():
         if size < 1:
             raise ValueError(f"--{name} must be a number, at least 1, not {size}")
@@ -106,6 +106,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--tp", type=int, required=True, metavar="N", help="ranks to cut the model over")
     add("--dp", type=int, default=1, metavar="N", help="replicas, each with its own data (default: 1)")
     add("--data", choices=DATA, default="ddp", help="how replicas train together (default: ddp)")
+    add("--ep", type=int, default=1, metavar="N", help="ranks that divide the experts (default: 1)")
+    add("--cp", type=int, default=1, metavar="N", help="ranks that divide each sequence (default: 1)")
     add("--pp", type=int, default=1, metavar="N", help="stages of a pipeline (default: 1)")
     add("--schedule", default="1f1b", help="of a pipeline (default: 1f1b)")
     add("--micro-batches", type=int, default=2, metavar="N", help="of a pipeline (default: 2)")

@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 import colrow
 from colrow.checkpoint import load_optimizer, load_pretrained
 from colrow.collectives import Communicator, communicator
+from colrow.mesh import replicas
 from colrow.model import calls_for
 from colrow.state import parallel_module
 from colrow.train.configuration import TrainConfiguration
@@ -72,7 +73,7 @@ def build(
         whole: Any = parallel_module(model)
         whole.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
-    if configuration.mesh.dp > 1:
+    if replicas(mesh).size() > 1:
         model = colrow.data_parallel(model, mesh, "fsdp" if configuration.mesh.data == "fsdp" else "ddp")
     divided = mesh if configuration.mesh.data == "zero1" else None
     optimizer = build_optimizer(model, configuration.optimizer, divided)

@@ -85,7 +85,8 @@ class SampleConfiguration:
     """The text that the trained model writes at the end.
 
     Attributes:
-        prompt: what the text begins with; empty for no sample. There is none with mesh.pp above 1.
+        prompt: what the text begins with; empty for no sample. There is none with mesh.pp or mesh.cp
+            above 1.
         tokens: how many tokens follow the prompt at most.
         temperature: below 1 prefers likely tokens, 0 always takes the likeliest.
     """
@@ -100,12 +101,14 @@ Schedule = Literal["gpipe", "1f1b", "looped_bfs", "interleaved_1f1b", "interleav
 
 @dataclass
 class MeshConfiguration:
-    """The ranks: their number is pp x dp x tp.
+    """The ranks: their number is pp x dp x ep x cp x tp.
 
     Attributes:
         tp: number of ranks that share every layer.
         dp: number of replicas of the model, each of which takes its part of every batch.
         pp: number of stages of a pipeline, each with some of the layers.
+        ep: number of ranks that divide the experts of each layer. Each takes its part of every batch.
+        cp: number of ranks that divide each sequence.
         share: relative size of each tp rank's part, for unequal devices, such as [3, 3, 2]; null for equal
             ones.
         data: what replicas divide among them: ddp, nothing; zero1, the optimizer's state; fsdp, parameters
@@ -116,6 +119,8 @@ class MeshConfiguration:
     tp: int = 1
     dp: int = 1
     pp: int = 1
+    ep: int = 1
+    cp: int = 1
     share: list[float] | None = None
     data: Literal["ddp", "zero1", "fsdp"] = "ddp"
     schedule: Schedule = "1f1b"
@@ -123,12 +128,19 @@ class MeshConfiguration:
     @property
     def ranks(self) -> int:
         """Number of ranks."""
-        return self.pp * self.dp * self.tp
+        return self.pp * self.dp * self.ep * self.cp * self.tp
+
+    @property
+    def data_parts(self) -> int:
+        """Into how many parts a batch is divided."""
+        return self.dp * self.ep
 
     def __str__(self) -> str:
         stages = f"pp={self.pp} ({self.schedule}) x " if self.pp > 1 else ""
         replicas = f"dp={self.dp} ({self.data}) x " if self.dp > 1 else ""
-        return f"{stages}{replicas}tp={self.tp} ranks"
+        experts = f"ep={self.ep} x " if self.ep > 1 else ""
+        sequences = f"cp={self.cp} x " if self.cp > 1 else ""
+        return f"{stages}{replicas}{experts}{sequences}tp={self.tp} ranks"
 
 
 Precision = Literal["fp32", "bf16-mixed", "bf16", "fp64"]
@@ -210,7 +222,7 @@ class TrainConfiguration:
     @property
     def replica_batch(self) -> int:
         """Sequences per optimizer step of a replica."""
-        return self.batch_size // self.mesh.dp
+        return self.batch_size // self.mesh.data_parts
 
     def check(self) -> None:
         """Everything that can be told from the numbers alone.
@@ -220,9 +232,10 @@ class TrainConfiguration:
         """
         self._check_mesh()
         _at_least(self.batch_size, 1, "batch_size")
-        if self.batch_size % self.mesh.dp:
+        if self.batch_size % self.mesh.data_parts:
+            experts = f" x mesh.ep={self.mesh.ep}" if self.mesh.ep > 1 else ""
             raise ValueError(
-                f"batch_size={self.batch_size} cannot be divided by mesh.dp={self.mesh.dp}: "
+                f"batch_size={self.batch_size} cannot be divided by mesh.dp={self.mesh.dp}{experts}: "
                 "every replica takes as many sequences of a batch"
             )
         self._check_micro_batches()
@@ -250,6 +263,8 @@ class TrainConfiguration:
         _at_least(self.mesh.tp, 1, "mesh.tp", "the number of ranks that share every layer")
         _at_least(self.mesh.dp, 1, "mesh.dp", "the number of replicas of the model")
         _at_least(self.mesh.pp, 1, "mesh.pp", "the number of stages")
+        _at_least(self.mesh.ep, 1, "mesh.ep", "the number of ranks that divide the experts")
+        _at_least(self.mesh.cp, 1, "mesh.cp", "the number of ranks that divide each sequence")
         share = self.mesh.share
         if share is not None and (len(share) != self.mesh.tp or min(share) <= 0):
             raise ValueError(
@@ -257,7 +272,7 @@ class TrainConfiguration:
             )
 
     def _check_micro_batches(self) -> None:
-        whole = "batch_size" if self.mesh.dp == 1 else "batch_size / mesh.dp"
+        whole = "batch_size" if self.mesh.data_parts == 1 else "batch_size / (mesh.dp x mesh.ep)"
         if self.micro_batches is not None:
             if self.micro_batch_size is not None:
                 raise ValueError("give either micro_batch_size or micro_batches; both are (set one to null)")

@@ -49,7 +49,14 @@ def train(configuration: dict[str, Any], prepared: bool) -> dict[str, Any]:
     chosen = from_dictionary(configuration)
     if restarts():  # the launcher has started all ranks again after one has failed: the run goes on
         chosen = dataclasses.replace(chosen, resume=True, overwrite=False)
-    mesh = colrow.init_mesh(chosen.mesh.tp, chosen.mesh.dp, pp=chosen.mesh.pp, timeout=chosen.timeout)
+    mesh = colrow.init_mesh(
+        chosen.mesh.tp,
+        chosen.mesh.dp,
+        pp=chosen.mesh.pp,
+        ep=chosen.mesh.ep,
+        cp=chosen.mesh.cp,
+        timeout=chosen.timeout,
+    )
     if not prepared:
         _prepare_on_first_rank(chosen, mesh)
     run = Run(chosen, mesh)
@@ -150,7 +157,7 @@ class Trainer:
             loss=loss,
             grad_norm=norm,
             lr=rate,
-            tokens_per_second=batch.numel() * configuration.mesh.dp / seconds,
+            tokens_per_second=batch.numel() * configuration.mesh.data_parts / seconds,
             peak_memory_bytes=peak_memory_bytes(run.device.type),
             comm_fraction=(colrow.comm_stats().seconds - communicated) / seconds,
         )

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from colrow.checkpoint import save_optimizer, save_pretrained
+from colrow.mesh import data_part
 from colrow.state import parallel_module
 from colrow.train.budget import Budget
 from colrow.train.build import all_ranks, build, device_of
@@ -69,9 +70,9 @@ class Run:
         self.budget = Budget(steps, configuration.minutes, self._evaluation_share())
 
     def batch(self) -> Tensor:
-        """This replica's token ids of the next step: [batch_size / dp, sequence_length]."""
+        """This replica's token ids of the next step: [sequences of a replica, sequence_length]."""
         size = self.configuration.replica_batch
-        first = self.mesh.get_local_rank("dp") * size
+        first = data_part(self.mesh)[0] * size
         return self.training.take(self._order.indices(self.done)[first : first + size]).to(self.device)
 
     def validation_batches(self) -> Iterator[tuple[Tensor, bool]]:
@@ -89,8 +90,9 @@ class Run:
             else self.configuration.replica_batch
         )
         batches = [range(first, min(first + size, count)) for first in range(0, count, size)]
-        for first in range(0, len(batches), self.configuration.mesh.dp):
-            own = first + self.mesh.get_local_rank("dp")
+        part, parts = data_part(self.mesh)
+        for first in range(0, len(batches), parts):
+            own = first + part
             yield self.validation.take(batches[min(own, len(batches) - 1)]), own < len(batches)
 
     def _evaluation_sequences(self) -> int:

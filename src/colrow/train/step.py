@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 import colrow
 from colrow.collectives import communicator
+from colrow.mesh import replicas
 from colrow.train.configuration import Precision
 
 IGNORED = -100
@@ -53,7 +54,7 @@ def accumulate_gradients(
     if isinstance(model, colrow.Pipeline):
         with autocast(precision, batch.device.type):
             loss = model.step({"input_ids": batch, "labels": batch}, weight * tokens) * (weight * tokens)
-        return _sum_over_replicas(loss, mesh) / mesh["dp"].size()
+        return _sum_over_replicas(loss, mesh) / replicas(mesh).size()
     loss = torch.zeros((), dtype=torch.float64, device=batch.device)
     micro_batches = batch.split(micro_batch_size)
     for number, micro_batch in enumerate(micro_batches, 1):
@@ -64,7 +65,7 @@ def accumulate_gradients(
             share = predicted_tokens(micro_batch) * weight
             (mean * share if share != 1 else mean).backward()
         loss += mean.detach().double() * share
-    return _sum_over_replicas(loss, mesh) / mesh["dp"].size()
+    return _sum_over_replicas(loss, mesh) / replicas(mesh).size()
 
 
 def _whole_micro_batches(model: Any, batch: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,7 +76,7 @@ def _whole_micro_batches(model: Any, batch: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _sum_over_replicas(numbers: Tensor, mesh: DeviceMesh) -> Tensor:
-    return communicator(mesh["dp"]).all_reduce(numbers, label="numbers of all replicas")
+    return communicator(replicas(mesh)).all_reduce(numbers, label="numbers of all replicas")
 
 
 def optimizer_step(

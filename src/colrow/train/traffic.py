@@ -8,7 +8,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 import colrow
 from colrow.data_shards import held
-from colrow.mesh import size_of
+from colrow.mesh import replicas, size_of
 from colrow.state import placed_parameters
 from colrow.train.configuration import MeshConfiguration
 
@@ -46,8 +46,8 @@ class Traffic:
         self.bytes = {name: count - self._before[name] for name, count in self._counted().items()}
         if isinstance(self._model, colrow.Pipeline):
             self.bytes["pp"] = self._model.report().bytes_sent
-        if size_of(self._mesh, "dp") > 1:
-            self.bytes["dp"] = self._of_replicas()
+        if replicas(self._mesh).size() > 1:
+            self.bytes["replicas"] = self._of_replicas()
 
     def _counted(self) -> dict[str, int]:
         mesh = self._mesh
@@ -58,5 +58,5 @@ class Traffic:
         trained = [one.parameter for one in placed_parameters(self._model) if one.parameter.requires_grad]
         own = sum(held(one).numel() * one.element_size() for one in trained)
         if self._data == "fsdp":
-            return own * size_of(self._mesh, "dp") * (self._gathers + 1)
+            return own * replicas(self._mesh).size() * (self._gathers + 1)
         return 2 * own if self._data == "zero1" else own

@@ -94,7 +94,7 @@ def local_parts(model: nn.Module, whole: Mapping[str, Tensor]) -> dict[str, Tens
         layout = state.layouts.get(name) or state.plan.tensor_layout(name, tuple(tensor.shape))
         whole_tensor = tensor.detach()
         rank = state.communicator.rank
-        parts[name] = layout.slice(whole_tensor, rank) if layout.is_sharded else whole_tensor
+        parts[name] = layout.slice(whole_tensor, rank) if layout.is_part else whole_tensor
     return parts
 
 

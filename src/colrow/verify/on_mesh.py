@@ -13,7 +13,7 @@ from torch.autograd.graph import _engine_run_backward
 from torch.distributed.device_mesh import DeviceMesh
 
 from colrow.data_shards import cut_like, held
-from colrow.mesh import replicas, size_of
+from colrow.mesh import data_part, replicas, size_of
 from colrow.modules import names_by_parameter
 from colrow.parallel import Pipeline, data_parallel, pipeline_parallel, zero_redundancy_optimizer
 from colrow.parameters import clip_grad_norm_
@@ -147,7 +147,7 @@ class MeshTraining:
 
     def _gradients(self, stage: str, step: int) -> float:
         """Compare losses and gradients of one step; returns by what they are measured at least."""
-        count, own = self._shared.size(), self._shared.get_local_rank()
+        own, count = data_part(self._mesh)
         batches = [batch_of(self._example, step, replica, self._seed) for replica in range(count)]
         expected: dict[str, Tensor] = {}
         self._original.zero_grad()

@@ -21,7 +21,7 @@ from colrow.axes import Registry
 from colrow.collectives import Communicator, communicator
 from colrow.launch import launch
 from colrow.launch.environment import under_launcher
-from colrow.mesh import init_mesh
+from colrow.mesh import init_mesh, size_of
 from colrow.plan import HandPlan, Plan
 from colrow.plan.derive import derive_plan
 from colrow.state import placed_parameters
@@ -207,7 +207,9 @@ def verify_on_ranks(
             )
         plan_seconds = time.perf_counter() - started
         alike = all(other == the_plan for other in exchange.gather(the_plan))
-        _all_or_none(exchange, cut, lambda: parallelize(cut, mesh, the_plan))
+        # experts and sequences are found by how the model computes, not by the plan
+        calls = modes if size_of(mesh, "ep") * size_of(mesh, "cp") > 1 else None
+        _all_or_none(exchange, cut, lambda: parallelize(cut, mesh, the_plan, check=calls))
         same_plan = Check("plan", "plan", "equal on all ranks", 0.0 if alike else float("inf"), 0.0)
         share_cut = _share_cut(cut)
         notes: list[str] = []
@@ -310,6 +312,6 @@ def _all_or_none(exchange: Exchange, model: nn.Module, work: Callable[[], T]) ->
 
 def _share_cut(model: nn.Module) -> float:
     """The part of the parameters' elements that lies in parameters that are cut."""
-    sizes = [(prod(one.layout.shape), one.layout.is_sharded) for one in placed_parameters(model)]
+    sizes = [(prod(one.layout.shape), one.layout.is_part) for one in placed_parameters(model)]
     total = sum(size for size, _ in sizes)
     return sum(size for size, is_cut in sizes if is_cut) / total if total else 0.0

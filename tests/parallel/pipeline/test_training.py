@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
-from tests.parallel.pipeline.models import build
+import colrow
+from colrow.errors import PlanError
+from tests.parallel.pipeline.models import build, example_of
 from tests.parallel.pipeline.training import trains_as_one
-from tests.pool import Pool
+from tests.pool import Pool, worker_mesh
 
 Case = tuple[str, dict[str, int], dict[str, Any]]
 
@@ -50,6 +52,24 @@ def _check(pools: Callable[[int], Pool], case: Case, data: str = "") -> None:
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_stages(ranks: Callable[[int], Pool], case: Case) -> None:
     _check(ranks, case)
+
+
+def _zero_bubble_of_several_values() -> str:
+    with pytest.raises(PlanError) as raised:
+        colrow.pipeline_parallel(
+            build("t5"),
+            worker_mesh(tp=1, pp=2),
+            example_of("t5"),
+            schedule="interleaved_zero_bubble",
+            micro_batches=2,
+        )
+    return str(raised.value)
+
+
+def test_zero_bubble_takes_one_value(ranks: Callable[[int], Pool]) -> None:
+    """torch computes the gradients of each received value by itself, through graphs that they share."""
+    for message in ranks(2).run(_zero_bubble_of_several_values):
+        assert "values pass between stages here, and interleaved_zero_bubble takes one" in message
 
 
 @pytest.mark.slow

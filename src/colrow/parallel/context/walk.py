@@ -182,11 +182,11 @@ class _Walk:
                     f"its result {'.'.join(map(str, path))} has its tokens elsewhere in another call",
                     "Give examples whose results have one form.",
                 )
-        for label, value in self._trace.kept:
-            if value.index in self._cut:
+        for kept in self._trace.kept:
+            if kept.value.index in self._cut:
                 raise PlanError(
                     "",
-                    f"it leaves tokens in {label}, where others would find those of one rank only",
+                    f"it leaves tokens in {kept.label}, where others would find those of one rank only",
                     "Do not keep them there.",
                 )
 

@@ -108,6 +108,14 @@ def pipeline_parallel(
     check_equal_weights(model, ranks)
     names = [name for name, _ in model.named_parameters()]
     layout = lay_out(recording, flow, boundaries, rank_of, names)
+    several = next((stage for stage in layout.stages if len(stage.receives) > 1), None)
+    if kind.splits and several is not None:
+        raise PlanError(
+            recording.calls[several.first].path,
+            f"{len(several.receives)} values pass between stages here, and {schedule} takes one: it computes "
+            "the gradients of what a stage received before those of its weights, for each value by itself",
+            "Use another schedule, such as 1f1b or interleaved_1f1b.",
+        )
     return _cut(model, mesh, ranks, state, recording, flow, layout, schedule, micro_batches, weigh)
 
 

@@ -98,7 +98,8 @@ def record_units(model: nn.Module, example: Example) -> Recording:
         path: frozenset(names[id(one)] for one in module.parameters()) for path, module in units.items()
     }
     try:
-        trace = trace_together(twin, {MODE: example}, copy_layers=False, originals=originals)
+        # which experts are chosen does not matter for what passes between units
+        trace = trace_together(twin, {MODE: example}, routing="guess", copy_layers=False, originals=originals)
     finally:
         for module in units.values():
             take_back(module)
