@@ -17,7 +17,7 @@ from colrow.trace.records import CallSite
 _TORCH = str(Path(torch.__file__).parent) + os.sep
 _PACKAGE = Path(__file__).parent.parent
 # code that watches or changes calls, and is not where they come from
-_HERE = tuple(str(_PACKAGE / folder) + os.sep for folder in ("trace", "apply", "verify"))
+_HERE = tuple(str(_PACKAGE / folder) + os.sep for folder in ("trace", "apply", "verify", "parallel"))
 _MACHINERY = (
     str(Path(_TORCH, "overrides.py")),
     str(Path(_TORCH, "_jit_internal.py")),

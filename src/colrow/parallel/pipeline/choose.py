@@ -12,6 +12,7 @@ from torch.utils.flop_counter import flop_registry
 
 from colrow.errors import PlanError
 from colrow.parallel.pipeline.flow import Flow
+from colrow.parallel.pipeline.live import bytes_of
 from colrow.parallel.pipeline.record import Recording
 from colrow.trace.records import Operation, Value
 
@@ -51,7 +52,7 @@ def _on_meta(item: Any) -> Any:
 
 def crossing_bytes(flow: Flow, boundary: int) -> int:
     """Bytes that cross a boundary forward, with the example's sizes."""
-    return sum(math.prod(value.shape) * value.dtype.itemsize for value in flow.crossing[boundary])
+    return bytes_of(flow.crossing[boundary])
 
 
 def named_boundaries(recording: Recording, flow: Flow, names: Sequence[str], stages: int) -> list[int]:

@@ -11,15 +11,18 @@ from __future__ import annotations
 import functools
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
+from colrow.parallel.pipeline.live import Live, Place, bytes_of, places_of
 from colrow.parallel.pipeline.record import Recording
 from colrow.trace.records import Operation, Value
 from colrow.trace.tree import Path
+
+Walk: TypeAlias = Callable[[Iterable[Value], Collection[int]], tuple[set[str], set[int]]]
 
 
 @dataclass
@@ -30,10 +33,13 @@ class Flow:
         crossing: by boundary, the values that cross it, in the order they came to be.
         illegal: by boundary, why there can be none there; legal ones are not in it.
         loss: path of the loss in the model's result; ``None`` if it has none.
-        outputs: by path in the model's result, the results of units that it is computed from.
+        needed: what the last stage has to compute: the loss, or the first result.
+        outputs: by path in the model's result, the values.
+        places: by index of a value that is made outside of units and crosses a boundary, where it is made.
+        walk: gives, for values and for indices of values at which to stop, the names of parameters and the
+            indices of results of units that they are computed from.
         inside: by name of a parameter, the calls of units in which it is read.
-        outside: by name of a parameter that is read outside of units, the calls that need what is made of it;
-            the number of calls stands for the model's result.
+        outside: names of parameters that are read outside of units.
         written: numbers of the memory that the model writes into.
         makers: by index of a value that a unit computed, the call.
     """
@@ -41,9 +47,12 @@ class Flow:
     crossing: dict[int, tuple[Value, ...]] = field(default_factory=dict)
     illegal: dict[int, str] = field(default_factory=dict)
     loss: Path | None = None
-    outputs: dict[Path, set[int]] = field(default_factory=dict)
+    needed: Value | None = None
+    outputs: dict[Path, Value] = field(default_factory=dict)
+    places: dict[int, Place] = field(default_factory=dict)
+    walk: Walk = field(default=lambda values, stops: (set(), set()))
     inside: dict[str, set[int]] = field(default_factory=lambda: defaultdict(set))
-    outside: dict[str, set[int]] = field(default_factory=lambda: defaultdict(set))
+    outside: set[str] = field(default_factory=set)
     written: set[int] = field(default_factory=set)
     makers: dict[int, int] = field(default_factory=dict)
 
@@ -78,17 +87,55 @@ class _Follower:
                     [value for value in operation.inputs if value.source.name not in read], call.index
                 )
         self._follow_results()
+        places = places_of(self.trace, self._is_outside)
+        live = Live(self.trace, self.starts, self._call_of, lambda value: bool(self.needs.get(value.index)))
         for boundary in range(1, len(self.units)):
             values = [
                 value
                 for index, value in sorted(self.stops.items())
                 if self.flow.makers[index] < boundary <= max(self.needs[index])
             ]
+            between = live.at(boundary)
+            again: Collection[int] = ()  # values that later stages do not compute again
+            if bytes_of(between) < bytes_of(values) and all(
+                one.index in self.returned or (one.index in places and one.storage not in self.writers)
+                for one in between
+            ):
+                values, again = between, live.computed
+                self.flow.places |= {one.index: places[one.index] for one in between if one.index in places}
             self.flow.crossing[boundary] = tuple(values)
-            reason = next(self._faults(boundary, values), None)
+            reason = next(self._faults(boundary, values, again), None)
             if reason is not None:
                 self.flow.illegal[boundary] = reason
+        self.flow.walk = self._walk
         return self.flow
+
+    def _is_outside(self, operation: int) -> bool:
+        """Whether the operator of a number is part of no call of a unit."""
+        place = bisect_right(self.starts, operation) - 1
+        return place < 0 or operation >= self.units[place].record.last
+
+    def _walk(self, values: Iterable[Value], stops: Collection[int]) -> tuple[set[str], set[int]]:
+        parameters: set[str] = set()
+        results: set[int] = set()
+        left, seen = list(values), set()
+        while left:
+            value = left.pop()
+            if value.index in seen or value.index in stops:
+                continue
+            seen.add(value.index)
+            for operation in self.writers.get(value.storage, ()):
+                if self._call_of(operation) is None:
+                    left += operation.inputs
+            maker = self._call_of(value.producer)
+            if maker is not None:
+                results.add(value.index)
+                self.flow.makers.setdefault(value.index, maker)
+            elif value.producer is not None:
+                left += value.producer.inputs
+            elif value.source.kind == "parameter":
+                parameters.add(value.source.name)
+        return parameters, results
 
     def _call_of(self, operation: Operation | None) -> int | None:
         """The call of a unit that an operator is part of."""
@@ -121,7 +168,7 @@ class _Follower:
                 self._note_random(value.producer, call)
                 left += value.producer.inputs
             elif value.source.kind == "parameter":
-                self.flow.outside[value.source.name].add(call)
+                self.flow.outside.add(value.source.name)
         return found
 
     def _note_random(self, operation: Operation, call: int) -> None:
@@ -138,26 +185,16 @@ class _Follower:
         self.flow.loss = next(iter(losses), None)
         needed = self.flow.loss if losses else outputs[0][0] if outputs else None
         for path, value in self.trace.outputs:
+            self.flow.outputs[path] = value
             if path == needed:
-                self.flow.outputs[path] = self._follow([value], end)
-            else:
-                self.flow.outputs[path] = self._origins(value)
+                self.flow.needed = value
+                self._follow([value], end)
 
-    def _origins(self, value: Value) -> set[int]:
-        """The results of units that a value is computed from, which nothing is known to need so far."""
-        kept = (self.needs, self.stops, self.drawn, self.flow.outside)
-        self.needs, self.stops, self.drawn = defaultdict(set), {}, defaultdict(set)
-        self.flow.outside = defaultdict(set)
-        try:
-            return self._follow([value], len(self.units))
-        finally:
-            self.needs, self.stops, self.drawn, self.flow.outside = kept
-
-    def _faults(self, boundary: int, values: list[Value]) -> Iterator[str]:
+    def _faults(self, boundary: int, values: list[Value], again: Collection[int]) -> Iterator[str]:
         path = self.units[boundary].path
         for value in values:
-            maker = self.units[self.flow.makers[value.index]].path
-            if value.index not in self.returned:
+            maker = self.units[self.flow.makers.get(value.index, 0)].path
+            if value.index not in self.returned and value.index not in self.flow.places:
                 yield (
                     f"before {path} a tensor {list(value.shape)} would have to be sent that {maker} computes "
                     "but does not return: it leaves it in an attribute, or in an object that it was given"
@@ -177,25 +214,46 @@ class _Follower:
                     unit = self.units[min(inside - {maker_call})].path
                     yield f"{unit} writes into a tensor that calls on both sides of {path} read"
         for operation, calls in self.drawn.items():
-            if min(calls) < boundary <= max(calls):
-                name = self.trace.operations[operation].name
+            drawn = self.trace.operations[operation]
+            if again:
+                # what is made from results of units is not made again: what crosses has it in it
+                point, reads = self.starts[boundary], list(self._reads_of(drawn, again))
+            else:
+                point, reads = boundary, list(calls)
+            if reads and min(reads) < point <= max(reads):
+                name = drawn.name
                 yield (
                     f"random numbers that {name} draws outside of layers and of nn.Dropout would have to be "
                     f"the same on both sides of {path}"
                 )
-        for again in self.trace.recomputed:
+        for repeated in self.trace.recomputed:
             covered = [
                 call.index
                 for call in self.units
-                if again.first <= call.record.first and call.record.last <= again.last
+                if repeated.first <= call.record.first and call.record.last <= repeated.last
             ]
-            if covered and again.reentrant:
+            if covered and repeated.reentrant:
                 yield (
                     "activation checkpointing in its reentrant form hides what units return: "
                     "use use_reentrant=False"
                 )
             if covered and covered[0] < boundary <= covered[-1]:
                 yield f"{path} is recomputed together with what comes before it: checkpoint layers one by one"
+
+    def _reads_of(self, operation: Operation, computed: Collection[int]) -> Iterator[int]:
+        """The operators that bring together what an operator made with what units compute."""
+        left, seen = [operation], {operation.index}
+        while left:
+            one = left.pop()
+            if one is not operation and (
+                self._call_of(one) is not None or any(value.index in computed for value in one.outputs)
+            ):
+                yield one.index
+                continue
+            for use in (use for value in one.outputs for use in value.uses):
+                if use.index not in seen and use.index > operation.index:
+                    seen.add(use.index)
+                    left.append(use)
 
     @functools.cached_property
     def _by_storage(self) -> dict[int, list[Value]]:

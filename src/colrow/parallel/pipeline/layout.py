@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from colrow.parallel.pipeline.flow import Flow
+from colrow.parallel.pipeline.live import Place
 from colrow.parallel.pipeline.record import Recording, alone
 from colrow.trace.records import Value
 from colrow.trace.tree import Path
@@ -21,6 +22,7 @@ class Stage:
         first, last: its calls of units are ``calls[first:last]``.
         receives, sends: the values that cross into it and out of it.
         parameters: first names of those that it reads.
+        places: by index of those values that are made outside of units, where that is.
         outputs, lacking: of the last stage: paths in the model's result of what it can and cannot compute.
     """
 
@@ -30,6 +32,7 @@ class Stage:
     receives: tuple[Value, ...]
     sends: tuple[Value, ...]
     parameters: frozenset[str]
+    places: Mapping[int, Place] = field(default_factory=dict)
     outputs: frozenset[Path] = frozenset()
     lacking: frozenset[Path] = frozenset()
 
@@ -70,22 +73,24 @@ def lay_out(
     for call in recording.calls:
         for name in recording.parameters[call.path]:
             readers[name].add(call.index)
-    for found in (flow.inside, flow.outside):
-        for name, calls in found.items():
-            readers[name] |= {min(call, count - 1) for call in calls}
+    for name, calls in flow.inside.items():
+        readers[name] |= calls
     stages = []
     for index, (first, last) in enumerate(itertools.pairwise(ends)):
+        received = {value.index for value in flow.crossing.get(first, ())}
+        outside = _read_outside(recording, flow, first, last, received)
         parameters = {
             # what nothing reads is held where the computation begins
             name
             for name, calls in readers.items()
-            if any(first <= call < last for call in calls) or (not calls and index == 0)
+            if any(first <= call < last for call in calls)
+            or name in outside
+            or (not calls and name not in flow.outside and index == 0)
         }
-        received = {value.index for value in flow.crossing.get(first, ())}
         outputs = frozenset(
             path
-            for path, origins in flow.outputs.items()
-            if last == count and all(flow.makers[one] >= first or one in received for one in origins)
+            for path, value in flow.outputs.items()
+            if last == count and all(flow.makers[one] >= first for one in flow.walk([value], received)[1])
         )
         stages.append(
             Stage(
@@ -95,6 +100,11 @@ def lay_out(
                 tuple(map(alone, flow.crossing.get(first, ()))),
                 tuple(map(alone, flow.crossing.get(last, ()))),
                 frozenset(parameters),
+                {
+                    value.index: flow.places[value.index]
+                    for value in (*flow.crossing.get(first, ()), *flow.crossing.get(last, ()))
+                    if value.index in flow.places
+                },
                 outputs,
                 frozenset(flow.outputs) - outputs,
             )
@@ -104,3 +114,16 @@ def lay_out(
         for name in names
     }
     return StageLayout(tuple(stages), tuple(rank_of), holders)
+
+
+def _read_outside(
+    recording: Recording, flow: Flow, first: int, last: int, received: Collection[int]
+) -> set[str]:
+    """The parameters that a stage reads outside of units: for what its units read, and for what it sends."""
+    wanted = [value for value in flow.crossing.get(last, ()) if value.index in flow.places]
+    if last == len(recording.calls) and flow.needed is not None:
+        wanted.append(flow.needed)
+    for call in recording.calls[first:last]:
+        for operation in recording.trace.operations[call.record.first : call.record.last]:
+            wanted += [value for value in operation.inputs if value.source.kind != "parameter"]
+    return flow.walk(wanted, received)[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from colrow.apply.sequence import SequenceLength
 from colrow.errors import PlanError
 from colrow.modules import names_by_parameter
 from colrow.parallel.pipeline.layout import Stage
+from colrow.parallel.pipeline.live import Substituting
 from colrow.parallel.pipeline.run import Frame, Passing, Run, Shapes, StageEnd
 from colrow.state import state_of
 from colrow.trace.tree import Path, tensors_by_path
@@ -134,12 +136,22 @@ class StageModule(nn.Module):
         output: Any = None
         self._frame.current = run
         try:
-            output = self.model(**batch)
+            with self._substituting(run):
+                output = self.model(**batch)
         except StageEnd:
             pass
         finally:
             self._frame.current = None
         return run, output
+
+    def _substituting(self, run: Run) -> AbstractContextManager[object]:
+        """A context in which values between units are as received, where some cross the stage's borders."""
+        if not self._stage.places:
+            return nullcontext()
+        frame = self._frame
+        return Substituting(
+            self._stage.places, run.received, run.captured.__setitem__, lambda: frame.current is run
+        )
 
     def _note_lengths(self) -> None:
         """Sequences that are cut over tensor-parallel ranks are whole on the first stage only."""
