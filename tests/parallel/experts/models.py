@@ -95,6 +95,8 @@ class OwnExperts(nn.Module):
 class Given(nn.Module):
     """Experts that are chosen by the caller."""
 
+    experts: OwnExperts
+
     def __init__(self, experts: int = 5, features: int = 6, hidden: int = 4) -> None:
         super().__init__()
         torch.manual_seed(1)

@@ -7,12 +7,18 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 
+import colrow
 from colrow.parallel.data import Kind
-from tests.parallel.experts.models import deepseek, mixtral, qwen
+from colrow.state import state_of
+from colrow.verify.precision import one_precision
+from tests.apply.comparison import largest_error
+from tests.parallel.experts.models import VOCABULARY, deepseek, mixtral, qwen
 from tests.parallel.experts.training import resume_alike, train_alike
-from tests.pool import Pool
+from tests.pool import Pool, worker_mesh
 
 CASES = [
     pytest.param(mixtral, 1, 1, 2, "ddp", id="mixtral"),
@@ -36,7 +42,25 @@ def test_files_go_on_in_other_layouts(ranks: Callable[[int], Pool], tmp_path: Pa
     ranks(2).run(resume_alike, mixtral, 2, 1, 1, "ddp", tmp_path, 2)
 
 
+@pytest.mark.slow
 def test_sharded_files_go_on_too(ranks: Callable[[int], Pool], tmp_path: Path) -> None:
     build = partial(mixtral, 5)
     ranks(4).run(train_alike, build, 1, 2, 2, "fsdp", tmp_path)
     ranks(3).run(resume_alike, build, 1, 1, 3, "ddp", tmp_path, 4)
+
+
+def _loaded(folder: Path) -> None:
+    mesh = worker_mesh(tp=1, ep=2)
+    with one_precision():
+        options = {"dtype": torch.float64, "experts_implementation": "eager"}
+        ids = torch.randint(VOCABULARY, (2, 7))
+        model = colrow.parallelize(mixtral(), mesh, {"input_ids": ids})
+        colrow.save_pretrained(model, folder)
+        loaded = colrow.load_pretrained(folder, mesh, state_of(model).plan, **options)
+        original = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+        assert largest_error(loaded(input_ids=ids).logits, original(input_ids=ids).logits) < 1e-9
+
+
+@pytest.mark.slow
+def test_load_pretrained(ranks: Callable[[int], Pool], tmp_path: Path) -> None:
+    ranks(2).run(_loaded, tmp_path)

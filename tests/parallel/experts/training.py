@@ -13,7 +13,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 import colrow
 from colrow.apply.unshard import all_experts, gather_whole
-from colrow.data_shards import joined
+from colrow.checkpoint.pretrained import load_weights
+from colrow.data_shards import held, joined
 from colrow.mesh import replicas
 from colrow.parallel.data import Kind
 from colrow.state import placed_parameters, state_of
@@ -142,11 +143,11 @@ def resume_alike(
         reference = torch.optim.AdamW(original.parameters(), lr=1e-3, weight_decay=0.1)
         for step in range(2):
             step_whole(original, reference, [batch_of(step, replica) for replica in range(before)])
-        mesh = worker_mesh(tp=tp, dp=dp, ep=ep)
-        model = colrow.load_pretrained(
-            folder, mesh, dtype=torch.float64, experts_implementation="eager", attn_implementation="sdpa"
-        ).train()
-        model = colrow.data_parallel(model, mesh, kind)
+        model, mesh = cut(build, tp, dp, ep, kind)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                held(parameter).zero_()
+        load_weights(model, folder)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1.0)
         colrow.load_optimizer(model, optimizer, folder / "optimizer")
         compare_step(original, model, mesh, reference, optimizer, 2)
