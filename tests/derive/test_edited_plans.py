@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import CodeType
+from typing import Any
 
 import pytest
 import torch
@@ -184,3 +185,35 @@ def test_a_plan_of_another_size_is_refused_with_the_difference() -> None:
     plan = derive_plan(model(60), {"training": Example((torch.randn(2, 8),))}, 2)
     with pytest.raises(PlanError, match=r"0.weight differs \(60 x 8 in the plan, 50 x 8 in the model\)"):
         check_plan(plan, model(50))
+
+
+@pytest.mark.parametrize(
+    ("counts", "cause"),
+    [
+        ("[4, 4]", "its cut [4, 4] adds up to 8 units, and dimension 0 of up.weight has 7 of them"),
+        ("[3, 3]", "adds up to 6 units"),
+        ("[3, 2, 2]", "its cut [3, 2, 2] is for 3 ranks, and the plan for 2"),
+    ],
+)
+def test_a_cut_deals_out_all_units_to_all_ranks(counts: str, cause: str) -> None:
+    text = dumps(colrow.derive_plan(Split().double(), _input_of(), 2))
+    with pytest.raises(PlanError) as raised:
+        check_plan(_edited(text, ("[4, 3]", counts)), Split())
+    assert cause in raised.value.cause
+    assert raised.value.module == "features"
+
+
+@pytest.mark.parametrize(
+    ("examples", "cause"),
+    [
+        ({"x": _input()}, "'x' is no colrow.trace.Example"),
+        ((_input(),), "'examples' is no"),
+        (Example((_input(),)), "'examples' is no"),
+        ({}, "no call is given"),
+    ],
+)
+def test_calls_are_given_by_mode(examples: Any, cause: str) -> None:
+    with pytest.raises(PlanError, match="calls of the model by mode") as raised:
+        derive_plan(Split(), examples, 2)
+    assert cause in raised.value.cause
+    assert '{"training": Example(' in raised.value.remedy

@@ -133,3 +133,48 @@ def test_tensors_that_belong_to_nobody_are_noted() -> None:
     assert not record.warnings
     (constant,) = [value for value in record.values if value.source.kind == "constant"]
     assert constant.content is not None
+
+
+@pytest.mark.parametrize("transform", [torch.vmap, lambda f: torch.func.grad(lambda x: f(x).sum())])
+def test_modules_within_transforms(transform: Callable[..., Any]) -> None:
+    class Mapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = transform(self.inner)(x)
+            return result
+
+    with pytest.raises(TraceError, match=r"within torch.vmap, torch.func.grad") as raised:
+        trace(Mapped(), (torch.ones(4, 4),))
+    assert raised.value.module == "inner"
+    assert "test_errors.py" in raised.value.place
+
+
+class Branching(nn.Module):
+    """Code that TorchScript takes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if bool(x.sum() > 0):
+            x = x + 1
+        return x
+
+
+def test_scripted_modules() -> None:
+    class Holding(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = torch.jit.script(inner)
+
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = self.inner(x)
+            return result
+
+    record = trace(Holding(nn.Linear(4, 4)), (torch.ones(4, 4),))
+    assert "inner is scripted" in record.warnings[0]
+    for model, path in ((Holding(Branching()), "inner"), (torch.jit.script(nn.Linear(4, 4)), "")):
+        with pytest.raises(TraceError, match="is scripted") as raised:
+            trace(model, (torch.ones(4, 4),))
+        assert raised.value.module == path
+        assert "that it was made from" in raised.value.remedy

@@ -151,13 +151,15 @@ class Applier:
         for entry in self._plan.entries:
             label = f"enter {', '.join(dict.fromkeys(entry.modules))}"
             linears = [path for place in entry.places if (path := self._column(place)) is not None]
-            if len(entry.places) == 1 and linears:
+            alone = len(entry.places) == 1 and not entry.repeated
+            if alone and linears:
                 # a layer that enters alone overlaps the reduction with its own weight gradient
                 self._column_parallel(linears[0], None)
-            elif len(entry.places) == 1 and not isinstance(entry.places[0], CallArgument | CallResult):
+            elif alone and not isinstance(entry.places[0], CallArgument | CallResult):
                 self._change(entry.places[0], Enter(self._ranks, label))
             else:
-                shared[entry] = SharedEntry(self._ranks, label, self._members(entry.places))
+                members = 0 if entry.repeated else self._members(entry.places)
+                shared[entry] = SharedEntry(self._ranks, label, members)
                 self._share(entry, shared[entry])
         if self._of_layers:  # a layer that was not called may have left something
             self._model.register_forward_hook(Forgetting(*self._of_layers), always_call=True)
@@ -204,6 +206,8 @@ class Applier:
             return
         for place in action.places:
             self._change(place, entry)
+        if isinstance(action, Entry) and action.repeated:
+            self._of_layers.append(entry)
         calling = {one.module for one in action.places if isinstance(one, CallArgument | CallResult)}
         if calling:
             self._forget_after(action.modules, calling, entry)

@@ -27,6 +27,7 @@ def check_plan(plan: Plan, model: nn.Module) -> dict[str, TensorLayout]:
             raise PlanError(name, "the model has no such parameter", _NEW)
         if sharding.axis not in plan.axes:
             raise PlanError(name, f"the plan has no axis {sharding.axis!r}", "Correct the plan.")
+    _check_cuts(plan)
     for name, buffer in model.named_buffers(remove_duplicate=False):
         if name in plan.buffers:
             shapes[name] = tuple(buffer.shape)
@@ -61,6 +62,26 @@ def check_plan(plan: Plan, model: nn.Module) -> dict[str, TensorLayout]:
         if plan.loss.axis not in plan.axes:
             raise PlanError(plan.loss.logits, f"the plan has no axis {plan.loss.axis!r}", "Correct the plan.")
     return layouts
+
+
+def _check_cuts(plan: Plan) -> None:
+    """Every axis is dealt out to all ranks, and all of it."""
+    for axis in plan.axes.values():
+        counts = list(axis.cut.counts)
+        if len(counts) != plan.ranks:
+            raise PlanError(
+                axis.name,
+                f"its cut {counts} is for {len(counts)} ranks, and the plan for {plan.ranks}",
+                f"Give it {plan.ranks} numbers.",
+            )
+        for name, sharding in (*plan.parameters.items(), *plan.buffers.items()):
+            if sharding.axis == axis.name and sharding.layout.units != axis.cut.units:
+                raise PlanError(
+                    axis.name,
+                    f"its cut {counts} adds up to {axis.cut.units} units, and dimension {sharding.dimension} "
+                    f"of {name} has {sharding.layout.units} of them",
+                    f"Deal out all {sharding.layout.units} units, and no more.",
+                )
 
 
 def _check_numbers(plan: Plan) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from colrow.collectives import AllReduce, Communicator, Enter
 
@@ -99,4 +100,10 @@ class _EnterOne:
     def __call__(self, parameter: Tensor) -> Tensor:
         """The entered parameter."""
         entered = self._together.find(parameter)
-        return self._alone(parameter) if entered is None else entered
+        if entered is not None:
+            return entered
+        if torch._C._current_graph_task_id() != -1 and torch._C._len_torch_dispatch_stack():
+            # recomputed, by what asks for the operators of the forward pass, where this was none
+            with _disable_current_modes():
+                return self._alone(parameter)
+        return self._alone(parameter)

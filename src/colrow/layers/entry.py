@@ -50,7 +50,8 @@ class SharedEntry:
         communicator: the tensor-parallel group.
         label: names the reduction in errors and statistics.
         members: number of layers that share it; when so many have read a value it is let go of. 0: unknown.
-            Call :meth:`forget` where all of them have been called that will be.
+            Call :meth:`forget` where all of them have been called that will be. Then a layer may be called
+            several times on one value, and computes its product by itself.
     """
 
     is_always_needed = False
@@ -114,6 +115,8 @@ class SharedEntry:
         """
         if not (value.requires_grad and torch.is_grad_enabled()) or torch.compiler.is_dynamo_compiling():
             return None
+        if not self._members:
+            return None  # a layer may be called twice, but has one product
         found = self._latest
         if found is None or found.value is not value or found.version != value._version:
             found = self._find(value)

@@ -206,7 +206,9 @@ class RowParallel(_ParallelLinear):
             )
             return total if bias is None else total + bias.to(total.dtype)
         operands = autocast(x, *self.operands)
-        if current_phase() == "backward":  # recomputed
+        if current_phase() == "backward" or torch._C._len_torch_dispatch_stack():
+            # recomputed, or watched: what keeps the results of some operators and recomputes the others asks
+            # for the same operators again, and what it keeps must not be reduced in place
             *factors, bias = operands
             partial = RowProduct.apply(*factors, self._out_first, self.products)
             total = AllReduce(self.communicator, label)(partial)

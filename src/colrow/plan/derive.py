@@ -67,10 +67,24 @@ def derive_plan(
 
     Raises:
         TraceError: if the model cannot be recorded.
-        PlanError: if ``share`` or ``forbid`` do not fit.
+        PlanError: if ``share`` or ``forbid`` do not fit, or ``examples`` are no calls by mode.
     """
+    _check_examples(examples)
     trace = record(model, examples)
     return _Derivation(model, examples, infer(trace, registry), ranks, share, forbid, sequence).run()
+
+
+def _check_examples(examples: Mapping[str, Example]) -> None:
+    given = dict(examples) if isinstance(examples, Mapping) else {"examples": None}
+    wrong = next((name for name, one in given.items() if not isinstance(one, Example)), None)
+    if wrong is not None or not given:
+        what = "no call is given" if wrong is None else f"{wrong!r} is no colrow.trace.Example"
+        raise PlanError(
+            "",
+            f"a plan is derived from calls of the model by mode, and {what}",
+            'Write {"training": Example((), {"x": x}), "evaluation": ...}, with the arguments and the '
+            "keywords of each call; colrow.parallelize and colrow.verify also take the keywords of one call.",
+        )
 
 
 def record(model: nn.Module, examples: Mapping[str, Example]) -> Trace:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -191,6 +191,7 @@ class _Lowering:
         found: dict[tuple[object, ...], list[Where]] = defaultdict(list)
         values: dict[tuple[object, ...], set[int]] = defaultdict(set)
         together: list[set[tuple[object, ...]]] = []
+        repeated: set[tuple[object, ...]] = set()
         layers = layer_inputs(self._model, self._selection, self._sites, self._summations)
         for one in self._summations:
             if one.value.source.kind == "parameter":
@@ -203,13 +204,15 @@ class _Lowering:
                 found[where.key].append(where)
                 values[where.key].add(one.value.index)
             together.append({where.key for where in acting})
+            times = Counter(where.key for where in acting if not where.is_result)
+            repeated |= {key for key, count in times.items() if count > 1}
         entries: list[Entry] = []
         for keys in merged(together):
             places: list[Place] = []
             for key in (key for key in found if key in keys):
                 with _reaching(values[key], key if found[key][0].is_result else None):
                     places += self._sites.places(found[key])
-            entries.append(Entry(tuple(places)))
+            entries.append(Entry(tuple(places), not repeated.isdisjoint(keys)))
         self._actions.entries += entries
 
     def _partial_parameters(self) -> None:

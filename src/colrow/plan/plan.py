@@ -59,9 +59,14 @@ class Entry:
     """I → R: one value enters a region at ``places``. One all-reduce in the backward pass.
 
     Several places share the entry as far as they are given the same tensor.
+
+    Attributes:
+        repeated: whether some place is given the same tensor more than once, as a layer that is called twice
+            on one value: it is remembered until the model's forward ends.
     """
 
     places: tuple[Place, ...]
+    repeated: bool = False
 
     @property
     def modules(self) -> tuple[str, ...]:

@@ -172,7 +172,8 @@ class _Predictor:
                 for tokens in _at_once(tuple(together)) if is_fused else [tuple(together)]:
                     for what, shape in (("max", tokens), ("sum", (*tokens, 2))):
                         label = f"loss of {module.path} {what}"
-                        self._add_one(label, shape, operation.inputs[0].dtype, operation.index)
+                        again = self._recomputed.times(operation.module, operation.index)
+                        self._add_one(label, shape, operation.inputs[0].dtype, operation.index, again)
                 continue
             way.update(value.index for value in operation.outputs)
             others = [value for value in operation.inputs if value.index not in way]
@@ -182,10 +183,12 @@ class _Predictor:
                     kind = "all-gather" if per_id else "all-reduce"
                     self._add(value, "backward", kind, "with the logits", operation.index)
 
-    def _add_one(self, label: str, shape: tuple[int, ...], dtype: torch.dtype, at: int) -> None:
+    def _add_one(self, label: str, shape: tuple[int, ...], dtype: torch.dtype, at: int, again: int) -> None:
         for mode, root in self._selection.trace.runs:
             if root.first <= at < root.last:
                 self._count_one(mode, "forward", "all-reduce", label, shape, dtype, ())
+                for _ in range(again):
+                    self._count_one(mode, "backward", "all-reduce", label, shape, dtype, ())
 
     def _slices(self) -> None:
         """The gradients of values that are born whole, at each place where a part is taken."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,7 +24,7 @@ from colrow.trace.tree import map_leaves
 
 @dataclass(frozen=True)
 class Position:
-    """How long the lists of a trace were at some point of the run."""
+    """How long the lists of a trace were at some point of the run, and in how many checkpoints it was."""
 
     values: int
     operations: int
@@ -34,6 +33,8 @@ class Position:
     escapes: int
     written: int
     recomputed: int
+    kept: int
+    checkpoints: int
 
 
 @dataclass(frozen=True)
@@ -118,8 +119,8 @@ class Copy:
             self._copy_recomputed(recomputed)
         trace.read |= {new.index for old, new in self.values.items() if old in trace.read}
         kept = self.recorder.kept_after
-        start, end = (bisect_right(kept, one.operations) for one in (first, last))
-        kept += [position + self.shift for position in kept[start:end]]
+        deeper = self.recorder.checkpoints - first.checkpoints
+        kept += [(after + self.shift, depth + deeper) for after, depth in kept[first.kept : last.kept]]
         return Copied(map_leaves(self.template.result, self._result))
 
     def _copy_values(self, originals: list[Value]) -> None:

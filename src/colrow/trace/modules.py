@@ -8,14 +8,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from colrow.trace.errors import TraceError
+from colrow.trace.functions import is_vectorised
 from colrow.trace.hooks import refuse_old_hooks
 from colrow.trace.integers import TracedInt
 from colrow.trace.recorder import Recorder
 from colrow.trace.records import ModuleCall
 from colrow.trace.repeat import Repeater
+from colrow.trace.sites import user_site
 
 _LOGARITHMS = ("log", "log2", "log10", "log1p", "isqrt")
 
@@ -37,6 +41,19 @@ def recorded_modules(recorder: Recorder, repeater: Repeater) -> Iterator[None]:
         copied = repeater.copy(module, (arguments, keywords))
         if copied is not None:
             return copied.result
+        if is_vectorised():
+            raise TraceError(
+                path,
+                str(user_site()),
+                "the module is called within torch.vmap, torch.func.grad or another transform of torch.func, "
+                "whose tensors stand for many: its dimensions cannot be followed",
+                "Call the module on the whole batch, or take derivatives with torch.autograd.grad",
+            )
+        if isinstance(module, torch.jit.ScriptModule):
+            recorder.warn(
+                f"{type(module).__name__} {path} is scripted: nothing can be changed within it, so that what "
+                "it holds stays whole; script it afterwards, or give the module that it was made from"
+            )
         trace = recorder.trace
         record = ModuleCall(
             len(trace.modules),
@@ -58,8 +75,10 @@ def recorded_modules(recorder: Recorder, repeater: Repeater) -> Iterator[None]:
                 (each, recorder.unhooked.get(value.index, value))
                 for each, value in recorder.values_by_path(result, inside_result=True)
             ]
-        except BaseException:
+        except BaseException as error:
             recorder.failed_in = recorder.failed_in or path
+            if isinstance(module, torch.jit.ScriptModule) and isinstance(error, RuntimeError):
+                raise scripted(path) from error
             raise
         finally:
             recorder.module, recorder.call = record.parent, outer_call
@@ -85,6 +104,17 @@ def recorded_modules(recorder: Recorder, repeater: Repeater) -> Iterator[None]:
         yield
     finally:
         nn.Module.__call__, nn.Module.__getattr__ = original, lookup  # type: ignore[method-assign]
+
+
+def scripted(path: str) -> TraceError:
+    """The error for a scripted module that cannot be recorded."""
+    return TraceError(
+        path,
+        str(user_site()),
+        "the module is scripted (torch.jit), and cannot be recorded: its code is not Python's, and may need "
+        "data that a trace does not have",
+        "Give the module that it was made from; colrow's plans are for eager modules and torch.compile",
+    )
 
 
 @contextmanager

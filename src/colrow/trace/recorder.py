@@ -44,7 +44,9 @@ class Recorder:
         gradients: which values carry one.
         returned: the module call that runs, once its forward is over and only its hooks are left.
         unhooked: what the forward of a module returned by the index of what hooks made of it.
-        kept_after: after how many operators something was kept for a backward pass, within checkpoints.
+        checkpoints: how many checkpoints the program runs in.
+        kept_after: after how many operators something was kept for a backward pass, and within how many
+            checkpoints.
         imagination: made-up content, where ``routing`` is to be guessed.
         origins: what values follow from, and hence whether they may be made up.
     """
@@ -64,7 +66,8 @@ class Recorder:
         self.unrecorded: dict[int, Callable[[], None]] = {}
         self.returned: ModuleCall | None = None
         self.unhooked: dict[int, Value] = {}
-        self.kept_after: list[int] = []
+        self.checkpoints = 0
+        self.kept_after: list[tuple[int, int]] = []
         self.occurrences: dict[tuple[int, int, int], int] = defaultdict(int)
 
     @contextmanager

@@ -117,6 +117,8 @@ class Repeater:
             len(trace.escapes),
             len(trace.written),
             len(trace.recomputed),
+            len(self._recorder.kept_after),
+            self._recorder.checkpoints,
         )
 
     def _contents(self, arguments: tuple[Any, ...]) -> list[Tensor | None]:

@@ -19,7 +19,7 @@ from colrow.trace.errors import TraceError
 from colrow.trace.functions import FunctionMode
 from colrow.trace.hooks import hooked_parameter
 from colrow.trace.meta import is_on_meta, meta_arguments, meta_copy
-from colrow.trace.modules import asking_logarithms, recorded_modules, unchecked_distributions
+from colrow.trace.modules import asking_logarithms, recorded_modules, scripted, unchecked_distributions
 from colrow.trace.operators import OperatorMode
 from colrow.trace.recomputed import recorded_checkpoints
 from colrow.trace.recorder import Recorder, Routing
@@ -150,6 +150,8 @@ def _all_differentiable(model: nn.Module) -> Iterator[None]:
 
 
 def _run(recorder: Recorder, model: nn.Module, example: Example, mode: str, copy_layers: bool) -> None:
+    if isinstance(model, torch.jit.ScriptModule):
+        raise scripted("")
     (arguments, keywords), given = meta_arguments((example.arguments, _distinct(example)))
     first = len(recorder.trace.modules)
     with ExitStack() as stack:
