@@ -60,9 +60,18 @@ def test_tiny_example(tmp_path: Path, tp: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_a_killed_rank_is_started_again(file: str, tmp_path: Path, overwrite: bool) -> None:
-    """The run goes on from its last checkpoint, of three steps; one that was done since is done again."""
+@pytest.mark.parametrize(
+    ("rank", "step", "overwrite", "said"),
+    [
+        (1, 5, False, "resuming after step 3"),
+        (1, 5, True, "resuming after step 3"),  # which is not for the ranks that are started again
+        (0, 2, False, "nothing to resume"),  # the one that writes files, before there is a checkpoint
+    ],
+)
+def test_a_killed_rank_is_started_again(
+    file: str, tmp_path: Path, rank: int, step: int, overwrite: bool, said: str
+) -> None:
+    """The run goes on from its last checkpoint, of three steps; what was done since is done again."""
     options = [
         "--mesh.tp",
         "2",
@@ -74,10 +83,10 @@ def test_a_killed_rank_is_started_again(file: str, tmp_path: Path, overwrite: bo
         str(overwrite).lower(),
     ]
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1")
-    command = [sys.executable, *launcher, "-m", "tests.train.killed", file, *options]
+    command = [sys.executable, *launcher, "-m", "tests.train.killed", str(rank), str(step), file, *options]
     done = subprocess.run(command, cwd=EXAMPLES.parent, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert "resuming after step 3" in done.stdout
+    assert said in done.stdout
     records = read_records(tmp_path / "run" / "metrics.jsonl")
     assert [one["step"] for one in records] == list(range(1, 8))
     whole = _colrow(file, *options[:-2], "--run_dir", str(tmp_path / "whole"))

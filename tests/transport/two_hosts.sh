@@ -1,7 +1,8 @@
 # Two hosts on one machine: ranks in two network namespaces, each half under a kernel identity of its own.
 #   unshare --user --map-root-user --net --mount --pid --fork --kill-child --mount-proc bash two_hosts.sh RANKS ..
-# runs PROGRAM as RANKS ranks, half on each; ends with the last status that is not 0. RATE, such as 1gbit, is that of
-# the network between them each way; unlimited by default.
+# runs PROGRAM as RANKS ranks, half on each; ends with the last status that is not 0. For RANKS 0 it is run once on each,
+# as a launcher that starts ranks itself, with HOST_ADDRESS and IS_FIRST set. RATE, such as 1gbit, is that of the network between them
+# each way; unlimited by default.
 set -e
 ranks=$1
 shift
@@ -25,6 +26,14 @@ kernels=$(mktemp -d)
 trap 'rm -r $kernels' EXIT
 echo first > $kernels/first
 echo second > $kernels/second
+with_kernel='mount --bind "$0" /proc/sys/kernel/random/boot_id; exec "$@"'
+if [ $ranks = 0 ]; then
+  HOST_ADDRESS=10.9.0.1 IS_FIRST=1 GLOO_SOCKET_IFNAME=first unshare --mount bash -c "$with_kernel" $kernels/first "$@" &
+  launcher=$!
+  HOST_ADDRESS=10.9.0.2 IS_FIRST=0 GLOO_SOCKET_IFNAME=second there unshare --mount bash -c "$with_kernel" $kernels/second "$@"
+  wait $launcher
+  exit
+fi
 export MASTER_ADDR=10.9.0.1 MASTER_PORT=29500 WORLD_SIZE=$ranks LOCAL_WORLD_SIZE=$((ranks / 2))
 start() {  # rank, host, command before it
   rank=$1 host=$2
@@ -32,7 +41,6 @@ start() {  # rank, host, command before it
   RANK=$rank LOCAL_RANK=$((rank % (ranks / 2))) GLOO_SOCKET_IFNAME=$host "$@" &
   started="$started $!"
 }
-with_kernel='mount --bind "$0" /proc/sys/kernel/random/boot_id; exec "$@"'
 for rank in $(seq 0 $((ranks - 1))); do
   if [ $rank -lt $((ranks / 2)) ]; then
     start $rank first unshare --mount bash -c "$with_kernel" $kernels/first "$@"

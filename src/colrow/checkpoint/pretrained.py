@@ -22,6 +22,7 @@ from colrow.layout import TensorLayout
 from colrow.mesh import size_of
 from colrow.plan import HandPlan, Plan
 from colrow.state import PlacedParameter, parallel_module, placed_parameters, state_of
+from colrow.trace import Example
 
 
 def save_pretrained(model: nn.Module, folder: str | Path, *, bytes_per_file: int = BYTES_PER_FILE) -> None:
@@ -101,6 +102,7 @@ def load_pretrained(
     dtype: torch.dtype | None = None,
     share: Sequence[float] | None = None,
     pipeline: Mapping[str, Any] | None = None,
+    calls: Mapping[str, Example] | None = None,
     **config_options: Any,
 ) -> nn.Module:
     """A transformers model, parallelized, from a local folder; each rank reads its own parts only.
@@ -110,6 +112,7 @@ def load_pretrained(
         mesh: from :func:`colrow.init_mesh`.
         plan: default: derived from how the model computes.
         dtype: of the parameters; default: that of the configuration.
+        calls: of the model by mode, from which a plan is derived; default: found by trying.
         pipeline: options of :func:`colrow.pipeline_parallel`, where the mesh has ``pp``.
         share: relative size of each rank's part, for unequal devices; default: balanced.
         config_options: fields of the configuration to change, such as ``attention_dropout=0.1``.
@@ -144,9 +147,10 @@ def load_pretrained(
         model.generation_config = transformers.GenerationConfig.from_pretrained(folder)  # type: ignore[assignment]
     from colrow.model import calls_for
 
-    calls = calls_for(model)
-    has_experts = plan is not None and size_of(mesh, "ep") > 1  # which are found by how the model computes
-    parallelize(model, mesh, plan or calls, share=share, check=calls if has_experts else None)
+    calls = calls or calls_for(model)
+    # experts and sequences are found by how the model computes
+    has_others = plan is not None and size_of(mesh, "ep") * size_of(mesh, "cp") > 1
+    parallelize(model, mesh, plan or calls, share=share, check=calls if has_others else None)
     if size_of(mesh, "pp") > 1:
         from colrow.parallel.pipeline import pipeline_parallel
 

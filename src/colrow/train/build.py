@@ -15,6 +15,7 @@ from colrow.collectives import Communicator, communicator
 from colrow.mesh import replicas
 from colrow.model import calls_for
 from colrow.state import parallel_module
+from colrow.trace import Example
 from colrow.train.configuration import TrainConfiguration
 from colrow.train.folder import RunFolder
 from colrow.train.model import DTYPES, named_plan, new_model, transformers_configuration
@@ -34,6 +35,13 @@ def all_ranks() -> Communicator:
     everyone = dist.group.WORLD
     assert everyone is not None  # there is a mesh
     return communicator(everyone)
+
+
+def _of_sequences() -> dict[str, Example]:
+    """Training, to be recorded with a cache: without one transformers looks for several sequences in one."""
+    ids = torch.randint(2, (2, 12))
+    example = Example(keywords={"input_ids": ids, "labels": ids})
+    return {"training": example, "evaluation": example}
 
 
 def build(
@@ -59,15 +67,26 @@ def build(
     if source is None:
         description = transformers_configuration(configuration.model, load_tokenizer(folder.tokenizer))
         model = new_model(description, dtype)
-        calls = calls_for(model)
+        model.config.use_cache = model.config.use_cache or configuration.mesh.cp > 1
+        calls = calls_for(model) if configuration.mesh.cp == 1 else _of_sequences()
         colrow.parallelize(model, mesh, plan or calls, share=configuration.mesh.share)
         if configuration.mesh.pp > 1:
             model = colrow.pipeline_parallel(model, mesh, calls["training"], **pipeline)
     else:
         # the attention's implementation is no part of a saved configuration
         chosen = {k: v for k, v in configuration.model.fields.items() if k == "attn_implementation"}
-        share = configuration.mesh.share
-        model = load_pretrained(source, mesh, plan, dtype=dtype, share=share, pipeline=pipeline, **chosen)
+        has_parts = configuration.mesh.cp > 1
+        chosen |= {"use_cache": True} if has_parts else {}
+        model = load_pretrained(
+            source,
+            mesh,
+            plan,
+            dtype=dtype,
+            share=configuration.mesh.share,
+            pipeline=pipeline,
+            calls=_of_sequences() if has_parts else None,
+            **chosen,
+        )
     model.to(device_of(mesh))
     if configuration.checkpoint_activations:
         whole: Any = parallel_module(model)

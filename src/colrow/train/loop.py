@@ -6,6 +6,7 @@ import dataclasses
 import math
 import sys
 import time
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -60,7 +61,9 @@ def train(configuration: dict[str, Any], prepared: bool) -> dict[str, Any]:
     if not prepared:
         _prepare_on_first_rank(chosen, mesh)
     run = Run(chosen, mesh)
-    with make_display(run.is_first) as display, Trainer(run, display) as trainer, without_cache(run.cut):
+    # sequences that are cut over ranks were recorded with one
+    cache = without_cache(run.cut) if chosen.mesh.cp == 1 else nullcontext()
+    with make_display(run.is_first) as display, Trainer(run, display) as trainer, cache:
         trainer.train()
     finish(run, trainer.traffic)
     validation = trainer.last_validation
