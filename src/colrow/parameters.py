@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from colrow.collectives import Communicator, Group, communicator
 from colrow.data_shards import data_groups, held, joined
+from colrow.mesh import replicas
 from colrow.state import ParallelState, PlacedParameter, placed_parameters, state_of
 
 
@@ -57,8 +58,8 @@ def global_grad_norm(model: nn.Module, norm_type: float = 2.0) -> Tensor:
     One all-reduce of a few numbers, which also checks that the ranks have gone through the same collectives.
     Sharded gradients are summed over the tensor-parallel ranks; replicated, shared and tied ones count once.
     What FSDP has cut over data-parallel ranks is summed over those first, and that of experts over the ranks
-    that divide them: one more all-reduce each; what the stages of a pipeline have, over those at last:
-    another.
+    that divide them: one more all-reduce each, and another so that these agree to the last bit; what the
+    stages of a pipeline have, over those at last: another.
 
     Args:
         model: a parallelized model after backward.
@@ -74,6 +75,14 @@ def global_grad_norm(model: nn.Module, norm_type: float = 2.0) -> Tensor:
 
 
 def _norm_of(parameters: Sequence[PlacedParameter], state: ParallelState, norm_type: float) -> Tensor:
+    norm = _norm_of_replica(parameters, state, norm_type)
+    if state.experts is None:
+        return norm
+    # ranks that divide experts share everything else: their sums may end in other last bits
+    return _total(norm.reshape(1), communicator(replicas(state.mesh)), True).reshape(())
+
+
+def _norm_of_replica(parameters: Sequence[PlacedParameter], state: ParallelState, norm_type: float) -> Tensor:
     if state.pipeline is None:
         return _norm_on_stages(parameters, state.communicator, norm_type)
     # what several stages hold counts on the first of them

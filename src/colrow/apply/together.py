@@ -102,6 +102,8 @@ class _EnterOne:
         entered = self._together.find(parameter)
         if entered is not None:
             return entered
+        if torch.compiler.is_compiling():
+            return self._alone(parameter)
         if torch._C._current_graph_task_id() != -1 and torch._C._len_torch_dispatch_stack():
             # recomputed, by what asks for the operators of the forward pass, where this was none
             with _disable_current_modes():

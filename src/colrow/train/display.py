@@ -99,7 +99,7 @@ class PlainDisplay:
         self.say(
             f"step {record.step}{total}  loss {record.loss:.4f}  grad norm {record.grad_norm:.2f}  "
             f"{record.tokens_per_second:,.0f} tokens/s  communicating {record.comm_fraction:.0%}  "
-            f"memory per rank {memory_text(memory)}{left}"
+            f"{_load(record)}memory per rank {memory_text(memory)}{left}"
         )
 
     def validation(self, record: ValidationRecord) -> None:
@@ -149,6 +149,8 @@ class LiveDisplay:
         table.add_row("[dim]grad norm", f"{record.grad_norm:.2f}", "[dim]learning rate", f"{record.lr:.2e}")
         speed = f"{record.tokens_per_second:,.0f}"
         table.add_row("[dim]tokens/s", speed, "[dim]communicating", f"{record.comm_fraction:.0%} of the step")
+        if record.expert_load is not None:
+            table.add_row("[dim]largest load of an expert", f"{record.expert_load:.2f} times the mean")
         outer = Table.grid()
         outer.add_row(table)
         outer.add_row(f"[dim]memory per rank[/]  {memory_text(memory)}")
@@ -172,6 +174,11 @@ def make_display(is_first: bool) -> Display:
 
 def validation_text(record: ValidationRecord) -> str:
     return f"validation after step {record.step}: loss {record.loss:.4f}, perplexity {record.perplexity:.2f}"
+
+
+def _load(record: StepRecord) -> str:
+    load = record.expert_load
+    return "" if load is None else f"largest load of an expert {load:.2f} times the mean  "
 
 
 def memory_text(memory: Sequence[int]) -> str:

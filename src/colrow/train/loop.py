@@ -140,6 +140,8 @@ class Trainer:
         # dropout is a function of the seed and the step, like the data: resuming needs no more
         colrow.manual_seed(derived_seed(configuration.seed, "step", run.done), run.mesh)
         batch = run.batch()
+        if configuration.mesh.ep > 1:
+            colrow.reset_expert_loads(run.model)
         loss = accumulate_gradients(
             run.model, batch, configuration.micro_batch, configuration.precision, run.mesh
         ).item()
@@ -163,8 +165,16 @@ class Trainer:
             tokens_per_second=batch.numel() * configuration.mesh.data_parts / seconds,
             peak_memory_bytes=peak_memory_bytes(run.device.type),
             comm_fraction=(colrow.comm_stats().seconds - communicated) / seconds,
+            expert_load=self._expert_load(),
         )
         self._show(record, seconds)
+
+    def _expert_load(self) -> float | None:
+        """How uneven the experts' tokens were in this step."""
+        if self.configuration.mesh.ep == 1:
+            return None
+        loads = colrow.expert_loads(self.run.model)
+        return max((float(one.max() / one.double().mean()) for one in loads.values()), default=None)
 
     def _show(self, record: StepRecord, seconds: float) -> None:
         run = self.run

@@ -27,6 +27,8 @@ class StepRecord:
         tokens_per_second: tokens of the batch by the duration of the step, for all ranks together.
         peak_memory_bytes: the most that the first rank has held so far; see :func:`peak_memory_bytes`.
         comm_fraction: the share of the step that the first rank spent in collectives, waiting included.
+        expert_load: tokens of the expert with most of them over the mean of its layer's experts, in this
+            step, of the layer where that is largest; not recorded where experts are not divided over ``ep``.
     """
 
     step: int
@@ -36,6 +38,7 @@ class StepRecord:
     tokens_per_second: float
     peak_memory_bytes: int
     comm_fraction: float
+    expert_load: float | None = None
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ class MetricsWriter:
 
     def write(self, record: StepRecord | ValidationRecord) -> None:
         """Add one record to its file and to the events."""
-        values = asdict(record)
+        values = {name: value for name, value in asdict(record).items() if value is not None}
         file = self._files[type(record)]
         file.write(json.dumps(values) + "\n")
         file.flush()
