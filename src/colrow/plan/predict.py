@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from math import prod
 
 import torch
@@ -22,7 +23,7 @@ from colrow.plan.sequence.cut import SequenceCut
 from colrow.plan.sequence.lower import but_gathered
 from colrow.plan.sites import Sites
 from colrow.plan.states import States
-from colrow.trace.records import ModuleCall, Value
+from colrow.trace.records import ModuleCall, Operation, Value
 
 
 def predict(
@@ -41,7 +42,8 @@ def predict(
         frozen: names of parameters that are not trained: what only they would need is not communicated.
         sequences: what is cut between regions.
     """
-    return _Predictor(selection, states, borders, reductions, summations, parameters, frozen, sequences).run()
+    predictor = _Predictor(selection, states, borders, reductions, summations, parameters, frozen, sequences)
+    return Prediction(predictor.collectives(), *_sizes(selection, parameters))
 
 
 _LOSSES = ("aten._log_softmax", "aten.log_softmax")
@@ -55,10 +57,14 @@ def _at_once(tokens: tuple[int, ...]) -> list[tuple[int, ...]]:
     return [tokens] if step >= count else [(min(step, count - at),) for at in range(0, count, step)]
 
 
-_Kind = tuple[str, Direction, str, str, tuple[int, ...], int, tuple[int, ...], bool]
-
-
 class _Predictor:
+    """Counts collectives, one kind of place after the other.
+
+    A place may stand in several of the traced runs. What is counted for all runs in which it stands goes
+    through :meth:`_add`, what is counted for one run through :meth:`_count`. None of the methods needs what
+    another has found: their order is that of the tables in which people read them.
+    """
+
     def __init__(
         self,
         selection: Selection,
@@ -73,48 +79,52 @@ class _Predictor:
         self._flow = GradientFlow(selection.trace, frozen)
         self._recomputed = Recomputed(selection.trace, self._flow)
         self._selection, self._states, self._borders = selection, states, borders
+        self._trace = selection.trace
         self._reductions, self._parameters = reductions, parameters
-        self._summations = but_gathered(summations, sequences) + [
+        self._sequences = sequences
+        self._scattered = {index for sequence in sequences for index in sequence.scattered}
+        # sums of gradients: of parameters all together, of other values each where it enters a region
+        summed = but_gathered(summations, sequences) + [
             Summation(value, operations, False)
             for sequence in sequences
             for value, operations in (*sequence.partial, *sequence.entered)
         ]
-        self._sequences = sequences
-        self._scattered = {index for sequence in sequences for index in sequence.scattered}
-        self._found: Counter[_Kind] = Counter()
+        self._entered = [one for one in summed if one.value.source.kind != "parameter"]
+        self._partial_parameters = [one for one in summed if one.value.source.kind == "parameter"]
+        self._found: Counter[PredictedCollective] = Counter()  # each with a count of one
 
-    def run(self) -> Prediction:
+    def collectives(self) -> tuple[PredictedCollective, ...]:
+        """All of them."""
+        self._exits()
+        self._lookups()
+        self._gathers()
+        self._losses()
+        self._shared_parameters()
+        self._slices()
+        self._along_sequences()
+        self._parameters_in_regions()
+        self._entries()
+        return tuple(replace(one, count=count) for one, count in self._found.items())
+
+    # ---------------------------------------------------------------- kinds of places
+
+    def _exits(self) -> None:
+        """Partial sums, where they are reduced."""
         for one in self._reductions.all:
             holder = one.module if one.call is not None else one.module.parent
             end = one.call.last if one.call is not None else one.module.last
             again = self._recomputed.times(holder, end - 1)
             varies = self._on_guesses(holder)
             self._sum(one.value, f"exit {one.module.path}", one.module.first, varies, again)
-        for operation in self._selection.trace.operations:
+
+    def _lookups(self) -> None:
+        """Rows of tables of which each rank has some."""
+        for operation in self._trace.operations:
             if self._selection.looks_up(operation) and self._states.is_local(operation.inputs[0]):
-                path = operation.module.path if operation.module is not None else ""
                 varies = self._on_guesses(operation.module)
                 again = self._recomputed.times(operation.module, operation.index)
-                self._sum(operation.outputs[0], f"lookup {path}", operation.index, varies, again)
-        for value, module in (*self._borders.gathered, *self._borders.unread):
-            again = self._recomputed.times(module.parent, module.last - 1)
-            label = f"gather {module.path}"
-            self._add(value, "forward", "all-gather", label, module.first, again=again)
-        for value, module in self._borders.losses:
-            self._loss(value, module)
-        self._shared_gradients()
-        self._slices()
-        self._along_sequences()
-        self._partial_parameters()
-        for summation in self._summations:
-            if summation.value.source.kind == "parameter":
-                continue
-            operation = summation.operations[0]
-            path = operation.module.path if operation.module is not None else ""
-            varies = self._made_on_guesses(summation.value)
-            for mode in self._modes(summation):
-                self._count(mode, summation.value, "backward", "all-reduce", f"enter {path}", varies)
-        return Prediction(self._collectives(), *self._sizes())
+                label = f"lookup {_path(operation)}"
+                self._sum(operation.outputs[0], label, operation.index, varies, again)
 
     def _sum(self, value: Value, label: str, at: int, varies: bool, again: int) -> None:
         """A partial sum that becomes whole, or each rank's part of a sequence."""
@@ -124,6 +134,85 @@ class _Predictor:
         self._add(value, "forward", "reduce-scatter", label, at, varies, again)
         if self._flow.reaches(value):
             self._add(value, "backward", "all-gather", label, at, varies)
+
+    def _gathers(self) -> None:
+        """Parts that leave the model, and logits that no loss reads."""
+        for value, module in (*self._borders.gathered, *self._borders.unread):
+            again = self._recomputed.times(module.parent, module.last - 1)
+            self._add(value, "forward", "all-gather", f"gather {module.path}", module.first, again=again)
+
+    def _losses(self) -> None:
+        for logits, module in self._borders.losses:
+            self._loss(logits, module)
+
+    def _loss(self, logits: Value, module: ModuleCall) -> None:
+        """What happens between logits and their losses, of which there may be several.
+
+        Of every token the largest logit, and two sums: of exponentials, and the logit of its label. Besides,
+        gradients of what all ids are added to or multiplied with on their way.
+        """
+        way = {logits.index}
+        for operation in self._trace.operations:
+            if not way & {value.index for value in operation.inputs}:
+                continue
+            if operation.name in _LOSSES:
+                self._loss_terms(operation, module)
+                continue
+            way.update(value.index for value in operation.outputs)
+            others = [value for value in operation.inputs if value.index not in way]
+            for value in others if self._flow.through(operation) else ():
+                per_id = bool(value.shape) and value.shape[-1] == logits.shape[-1]
+                if self._flow.reaches(value):
+                    kind = "all-gather" if per_id else "all-reduce"
+                    self._add(value, "backward", kind, "with the logits", operation.index)
+
+    def _loss_terms(self, operation: Operation, module: ModuleCall) -> None:
+        tokens = list(operation.inputs[0].shape)
+        del tokens[int(operation.arguments[1])]  # the classes
+        is_fused = self._borders.loss is not None and self._borders.loss.fused
+        again = self._recomputed.times(operation.module, operation.index)
+        for chunk in _at_once(tuple(tokens)) if is_fused else [tuple(tokens)]:
+            for what, shape in (("max", chunk), ("sum", (*chunk, 2))):
+                label, dtype = f"loss of {module.path} {what}", operation.inputs[0].dtype
+                for mode in self._modes(operation.index):
+                    self._count(mode, "forward", "all-reduce", label, shape, dtype)
+                    for _ in range(again):
+                        self._count(mode, "backward", "all-reduce", label, shape, dtype)
+
+    def _shared_parameters(self) -> None:
+        """Gradients of parameters of which several ranks hold the same part, in every run that reads them."""
+        cuts = {one.name: one.cut for one in self._selection.chosen}
+        for value in self._trace.values:
+            sharding = self._parameters.get(value.source.name) if value.source.kind == "parameter" else None
+            if sharding is None or not self._flow.reaches(value):
+                continue
+            shared: Counter[tuple[int, ...]] = Counter()
+            for (low, high), members in sharding.layout.shared(cuts[sharding.axis]):
+                shared[members] += high - low
+            label, varies = f"parameter {value.source.name}", self._made_on_guesses(value)
+            for members, extent in shared.items():
+                size = list(value.shape)
+                size[sharding.dimension] = extent
+                for mode, root in self._trace.runs:
+                    readers = {
+                        use.module.index for use in self._uses(value.uses, root) if use.module is not None
+                    }
+                    for _ in readers:
+                        shape, dtype = tuple(size), value.dtype
+                        self._count(mode, "backward", "all-reduce", label, shape, dtype, varies, members)
+
+    def _slices(self) -> None:
+        """The gradients of values that are born whole, at each place where a part is taken."""
+        sites = Sites(self._selection)
+        for index, operations in self._states.slices.items():
+            value = self._trace.values[index]
+            for mode, root in self._trace.runs:
+                inside = [one for one in operations if root.first <= one.index < root.last]
+                if self._flow.reaches(value) and any(map(self._flow.through, inside)):
+                    whole = [use for use in value.uses if use not in operations]
+                    varies = self._made_on_guesses(value)
+                    for _ in sites.readers(value, inside, not whole):
+                        self._count_value(mode, value, "backward", "all-reduce", "part", varies)
 
     def _along_sequences(self) -> None:
         """What sequences that are cut between regions need besides."""
@@ -146,101 +235,14 @@ class _Predictor:
             for root, _, value, _ in sequence.returned:
                 self._add(value, "forward", "all-gather", f"gather {sequence.name}", root.first)
 
-    def _trains(self, layers: Iterable[str]) -> bool:
-        """Whether the weight of one of the layers gets a gradient."""
-        weights = {f"{path}.weight" for path in layers}
-        return any(
-            value.source.name in weights and self._flow.reaches(value)
-            for value in self._selection.trace.values
-            if value.source.kind == "parameter"
-        )
-
-    def _loss(self, logits: Value, module: ModuleCall) -> None:
-        """What happens between logits and their losses, of which there may be several.
-
-        Of every token the largest logit, and two sums: of exponentials, and the logit of its label. Besides,
-        gradients of what all ids are added to or multiplied with on their way.
-        """
-        way, loss = {logits.index}, self._borders.loss
-        for operation in self._selection.trace.operations:
-            if not way & {value.index for value in operation.inputs}:
-                continue
-            if operation.name in _LOSSES:
-                together = list(operation.inputs[0].shape)
-                del together[int(operation.arguments[1])]  # the classes
-                is_fused = loss is not None and loss.fused
-                for tokens in _at_once(tuple(together)) if is_fused else [tuple(together)]:
-                    for what, shape in (("max", tokens), ("sum", (*tokens, 2))):
-                        label = f"loss of {module.path} {what}"
-                        again = self._recomputed.times(operation.module, operation.index)
-                        self._add_one(label, shape, operation.inputs[0].dtype, operation.index, again)
-                continue
-            way.update(value.index for value in operation.outputs)
-            others = [value for value in operation.inputs if value.index not in way]
-            for value in others if self._flow.through(operation) else ():
-                per_id = bool(value.shape) and value.shape[-1] == logits.shape[-1]
-                if self._flow.reaches(value):
-                    kind = "all-gather" if per_id else "all-reduce"
-                    self._add(value, "backward", kind, "with the logits", operation.index)
-
-    def _add_one(self, label: str, shape: tuple[int, ...], dtype: torch.dtype, at: int, again: int) -> None:
-        for mode, root in self._selection.trace.runs:
-            if root.first <= at < root.last:
-                self._count_one(mode, "forward", "all-reduce", label, shape, dtype, ())
-                for _ in range(again):
-                    self._count_one(mode, "backward", "all-reduce", label, shape, dtype, ())
-
-    def _slices(self) -> None:
-        """The gradients of values that are born whole, at each place where a part is taken."""
-        sites = Sites(self._selection)
-        for index, operations in self._states.slices.items():
-            value = self._selection.trace.values[index]
-            for mode, root in self._selection.trace.runs:
-                inside = [one for one in operations if root.first <= one.index < root.last]
-                if self._flow.reaches(value) and any(map(self._flow.through, inside)):
-                    whole = [use for use in value.uses if use not in operations]
-                    varies = self._made_on_guesses(value)
-                    for _ in sites.readers(value, inside, not whole):
-                        self._count(mode, value, "backward", "all-reduce", "part", varies)
-
-    def _shared_gradients(self) -> None:
-        """Of parameters of which several ranks hold the same part, in every run that reads them."""
-        cuts = {one.name: one.cut for one in self._selection.chosen}
-        for value in self._selection.trace.values:
-            sharding = self._parameters.get(value.source.name) if value.source.kind == "parameter" else None
-            if sharding is None or not self._flow.reaches(value):
-                continue
-            shared: Counter[tuple[int, ...]] = Counter()
-            for (low, high), members in sharding.layout.shared(cuts[sharding.axis]):
-                shared[members] += high - low
-            for members, extent in shared.items():
-                shape = list(value.shape)
-                shape[sharding.dimension] = extent
-                for mode, root in self._selection.trace.runs:
-                    inside = [
-                        use
-                        for use in value.uses
-                        if root.first <= use.index < root.last and self._flow.through(use)
-                    ]
-                    label, size = f"parameter {value.source.name}", tuple(shape)
-                    varies = self._made_on_guesses(value)
-                    for _ in {use.module.index for use in inside if use.module is not None}:
-                        self._count_one(
-                            mode, "backward", "all-reduce", label, size, value.dtype, members, varies
-                        )
-
-    def _partial_parameters(self) -> None:
+    def _parameters_in_regions(self) -> None:
         """Gradients of replicated parameters that are read in regions: summed together, by their types."""
-        for mode, root in self._selection.trace.runs:
-            found: dict[torch.dtype, dict[int, Value]] = defaultdict(dict)
-            for one in self._summations:
-                if one.value.source.kind != "parameter" or not self._flow.reaches(one.value):
+        for mode, root in self._trace.runs:
+            together: dict[torch.dtype, dict[int, Value]] = defaultdict(dict)
+            for one in self._partial_parameters:
+                if not self._flow.reaches(one.value):
                     continue
-                uses = [
-                    use
-                    for use in one.operations
-                    if root.first <= use.index < root.last and self._flow.through(use)
-                ]
+                uses = self._uses(one.operations, root)
                 apart = {
                     use.module.index: use
                     for use in uses
@@ -248,29 +250,46 @@ class _Predictor:
                 }
                 for use in apart.values():
                     label, varies = f"parameter {one.value.source.name}", self._on_guesses(use.module)
-                    self._count(mode, one.value, "backward", "all-reduce", label, varies)
+                    self._count_value(mode, one.value, "backward", "all-reduce", label, varies)
                 if len(apart) < len(uses):
-                    found[one.value.dtype][one.value.index] = one.value
-            for dtype, values in found.items():
+                    together[one.value.dtype][one.value.index] = one.value
+            for dtype, values in together.items():
                 shape = (sum(prod(value.shape) for value in values.values()),)
                 varies = any(map(self._made_on_guesses, values.values()))
                 label = "parameters read in regions"
-                self._count_one(mode, "backward", "all-reduce", label, shape, dtype, (), varies)
+                self._count(mode, "backward", "all-reduce", label, shape, dtype, varies)
 
-    def _modes(self, summation: Summation) -> list[str]:
-        """The runs in which a value's gradient is summed."""
-        if not self._flow.reaches(summation.value):
-            return []
-        flowing = [one for one in summation.operations if self._flow.through(one)]
-        return [
-            mode
-            for mode, root in self._selection.trace.runs
-            if any(root.first <= one.index < root.last for one in flowing)
-        ]
+    def _entries(self) -> None:
+        """Gradients of whole values that enter regions."""
+        for one in self._entered:
+            varies = self._made_on_guesses(one.value)
+            for mode, root in self._trace.runs if self._flow.reaches(one.value) else ():
+                if self._uses(one.operations, root):
+                    label = f"enter {_path(one.operations[0])}"
+                    self._count_value(mode, one.value, "backward", "all-reduce", label, varies)
+
+    # ---------------------------------------------------------------- questions
+
+    def _modes(self, at: int) -> list[str]:
+        """The runs that operator ``at`` is of, which is one."""
+        return [mode for mode, root in self._trace.runs if root.first <= at < root.last]
+
+    def _uses(self, operations: Iterable[Operation], root: ModuleCall) -> list[Operation]:
+        """Those of a run through which gradients flow."""
+        return [one for one in operations if root.first <= one.index < root.last and self._flow.through(one)]
+
+    def _trains(self, layers: Iterable[str]) -> bool:
+        """Whether the weight of one of the layers gets a gradient."""
+        weights = {f"{path}.weight" for path in layers}
+        return any(
+            value.source.name in weights and self._flow.reaches(value)
+            for value in self._trace.values
+            if value.source.kind == "parameter"
+        )
 
     def _on_guesses(self, module: ModuleCall | None) -> bool:
         """Whether what the module's code does depends on data that was guessed."""
-        while module is not None and module.path not in self._selection.trace.guessed:
+        while module is not None and module.path not in self._trace.guessed:
             module = module.parent
         return module is not None
 
@@ -278,6 +297,8 @@ class _Predictor:
         if value.source.kind == "parameter":
             return any(self._on_guesses(use.module) for use in value.uses)
         return value.producer is not None and self._on_guesses(value.producer.module)
+
+    # ---------------------------------------------------------------- counting
 
     def _add(
         self,
@@ -290,18 +311,17 @@ class _Predictor:
         again: int = 0,
     ) -> None:
         """One collective of the run that operator ``at`` is of; in its backward pass so often ``again``."""
-        for mode, root in self._selection.trace.runs:
-            if root.first <= at < root.last:
-                self._count(mode, value, direction, kind, label, varies)
-                for _ in range(again):
-                    self._count(mode, value, "backward", kind, label, varies)
+        for mode in self._modes(at):
+            self._count_value(mode, value, direction, kind, label, varies)
+            for _ in range(again):
+                self._count_value(mode, value, "backward", kind, label, varies)
+
+    def _count_value(
+        self, mode: str, value: Value, direction: Direction, kind: str, label: str, varies: bool
+    ) -> None:
+        self._count(mode, direction, kind, label, value.shape, value.dtype, varies)
 
     def _count(
-        self, mode: str, value: Value, direction: Direction, kind: str, label: str, varies: bool = False
-    ) -> None:
-        self._count_one(mode, direction, kind, label, value.shape, value.dtype, (), varies)
-
-    def _count_one(
         self,
         mode: str,
         direction: Direction,
@@ -309,37 +329,41 @@ class _Predictor:
         label: str,
         shape: tuple[int, ...],
         dtype: torch.dtype,
-        members: tuple[int, ...],
         varies: bool = False,
+        members: tuple[int, ...] = (),
     ) -> None:
+        """One more."""
         label = re.sub(r"(?<![^. ])[0-9]+(?![^.])", "*", label)
-        self._found[mode, direction, kind, label, shape, prod(shape) * dtype.itemsize, members, varies] += 1
+        size = prod(shape) * dtype.itemsize
+        self._found[PredictedCollective(mode, direction, kind, label, shape, size, 1, members, varies)] += 1
 
-    def _collectives(self) -> tuple[PredictedCollective, ...]:
-        return tuple(
-            PredictedCollective(mode, direction, kind, label, shape, size, count, members, varies)
-            for (mode, direction, kind, label, shape, size, members, varies), count in self._found.items()
-        )
 
-    def _sizes(self) -> tuple[tuple[int, tuple[int, ...]], tuple[int, tuple[int, ...]]]:
-        cuts = {one.name: one.cut for one in self._selection.chosen}
-        ranks = self._selection.ranks
-        elements, sizes = [0] * ranks, [0] * ranks
-        whole = whole_bytes = 0
-        local: dict[tuple[Sharding, int], int] = {}
-        for value in self._selection.trace.values:
-            if value.source.kind != "parameter":
-                continue
-            count = prod(value.shape)
-            whole += count
-            whole_bytes += count * value.dtype.itemsize
-            sharding = self._parameters.get(value.source.name)
-            for rank in range(ranks):
-                mine = count
-                if sharding is not None:
-                    if (sharding, rank) not in local:
-                        local[sharding, rank] = sharding.layout.local_size(cuts[sharding.axis], rank)
-                    mine = count // sharding.layout.size * local[sharding, rank]
-                elements[rank] += mine
-                sizes[rank] += mine * value.dtype.itemsize
-        return (whole, tuple(elements)), (whole_bytes, tuple(sizes))
+def _path(operation: Operation) -> str:
+    return operation.module.path if operation.module is not None else ""
+
+
+def _sizes(
+    selection: Selection, parameters: Mapping[str, Sharding]
+) -> tuple[tuple[int, tuple[int, ...]], tuple[int, tuple[int, ...]]]:
+    """Numbers and bytes of parameters: of the whole model, and held by each rank."""
+    cuts = {one.name: one.cut for one in selection.chosen}
+    ranks = selection.ranks
+    elements, sizes = [0] * ranks, [0] * ranks
+    whole = whole_bytes = 0
+    local: dict[tuple[Sharding, int], int] = {}
+    for value in selection.trace.values:
+        if value.source.kind != "parameter":
+            continue
+        count = prod(value.shape)
+        whole += count
+        whole_bytes += count * value.dtype.itemsize
+        sharding = parameters.get(value.source.name)
+        for rank in range(ranks):
+            mine = count
+            if sharding is not None:
+                if (sharding, rank) not in local:
+                    local[sharding, rank] = sharding.layout.local_size(cuts[sharding.axis], rank)
+                mine = count // sharding.layout.size * local[sharding, rank]
+            elements[rank] += mine
+            sizes[rank] += mine * value.dtype.itemsize
+    return (whole, tuple(elements)), (whole_bytes, tuple(sizes))

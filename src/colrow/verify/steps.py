@@ -83,14 +83,14 @@ class Steps:
 
     def _gradients(self, case: Case, *, is_first: bool) -> float:
         """Compare the gradients of one step; returns by what they are measured at least."""
-        compared = self._verification.run(case)
+        compared = self._verification.run_both(case)
         if compared.differs and not is_first:
             before = self._parameters(f"before {case.stage}")
             if all(check.passed for check in before):
                 checks = compared.checks
                 del compared  # large models have no room for the gradients of two runs
                 compared = self._from_equal_parameters(case, checks, before)
-        self._verification.accept(compared)
+        self._verification.keep(compared)
         return least_gradient(compared.expected.outputs.values.values())
 
     def _from_equal_parameters(
@@ -109,7 +109,7 @@ class Steps:
         with torch.no_grad():
             for name, one in verification.model.named_parameters():
                 one.copy_(parts[name])
-        again = verification.run(case)
+        again = verification.run_both(case)
         if not again.differs:
             worst = max((check for check in checks if not check.passed), key=lambda one: one.error)
             drift = max((check.error for check in before), default=0.0)

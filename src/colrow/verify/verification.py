@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from colrow.trace import Example
 from colrow.verify.compare import (
@@ -101,29 +101,29 @@ class Verification:
             Stopped: if it raised.
             OriginalRaised: if the original did.
         """
-        compared = self.run(case)
-        self.accept(compared)
+        compared = self.run_both(case)
+        self.keep(compared)
         return compared.expected, compared.found
 
-    def run(self, case: Case) -> Compared:
-        """The same, without adding what was found to the checks; see :meth:`accept`."""
+    def run_both(self, case: Case) -> Compared:
+        """The same, without adding what was found to the checks; see :meth:`keep`."""
         for one in (self.original, self.model):
             one.train(case.mode == "training")
         case, expected = self._run_original(case)
         try:
-            found = self._run(self.model, case)
+            found = self._run_one(self.model, case)
         except RunRaised as failed:
             note = str(failed)
             self.add([Check(case.stage, "errors", "the parallelized model raised", MISSING, 0.0, note)])
-            self.difference = self.difference or self._raised(case, failed)
+            self.difference = self.difference or self._cause_of_error(case, failed)
             raise Stopped from failed
-        return Compared(case, expected, found, tuple(self._compare_runs(case, found, expected)))
+        return Compared(case, expected, found, tuple(self._checks(case, expected, found)))
 
-    def accept(self, compared: Compared) -> None:
+    def keep(self, compared: Compared) -> None:
         """Add the checks of two runs, and look for the cause if they are the first that differ."""
         differing = self.add(compared.checks)
         if differing and self.difference is None:
-            self.difference = self._locate(compared.case, differing)
+            self.difference = self._cause(compared.case, differing)
 
     def add(self, checks: Sequence[Check]) -> list[Check]:
         """Add checks.
@@ -136,14 +136,14 @@ class Verification:
 
     # runs
 
-    def _run(self, model: nn.Module, case: Case) -> Run:
+    def _run_one(self, model: nn.Module, case: Case) -> Run:
         return self._runner.run(model, case.example, case.objective, differentiable=case.differentiable)
 
     def _run_original(self, case: Case) -> tuple[Case, Run]:
         """The case as it can be run: inputs that a model writes to cannot want gradients."""
         buffers = {name: one.clone() for name, one in self.original.named_buffers()}
         try:
-            return case, self._run(self.original, case)
+            return case, self._run_one(self.original, case)
         except RunRaised:
             # what it has noted until then, such as statistics of the batch, the other model has not
             for name, one in self.original.named_buffers():
@@ -151,41 +151,55 @@ class Verification:
                     one.copy_(buffers[name])
         case = replace(case, differentiable=False)
         try:
-            return case, self._run(self.original, case)
+            return case, self._run_one(self.original, case)
         except RunRaised as failed:
             raise OriginalRaised(
                 f"the original model raised, {case.stage}, {failed.direction}: {failed}"
             ) from failed
 
-    def _compare_runs(self, case: Case, found: Run, expected: Run) -> list[Check]:
-        stage, everything = case.stage, case.objective == "outputs"
-        tolerance = self.tolerance
-        outputs, whole = dict(found.outputs.values), dict(expected.outputs.values)
-        if not everything:  # other outputs, such as logits, may be cut
-            name = expected.outputs.loss_name
-            outputs, whole = (
-                {key: value for key, value in one.items() if key == name} for one in (outputs, whole)
+    def _checks(self, case: Case, expected: Run, found: Run) -> list[Check]:
+        """Outputs and gradients of the parallelized model against the original's, the worst of all ranks."""
+        is_of_all = case.objective == "outputs"
+        expected_outputs, found_outputs = dict(expected.outputs.values), dict(found.outputs.values)
+        if not is_of_all:  # other outputs, such as logits, may be cut
+            loss = expected.outputs.loss_name
+            expected_outputs, found_outputs = (
+                {name: value for name, value in outputs.items() if name == loss}
+                for outputs in (expected_outputs, found_outputs)
             )
-        checks = compare_tensors(stage, "outputs", outputs, whole, tolerance, OUTPUT_FLOOR)
-        parts = local_parts(self.model, expected.gradients)
-        sizes = {name: magnitude(one) for name, one in expected.gradients.items()}
-        least = least_gradient(whole.values())
-        checks += compare_tensors(stage, "gradients", found.gradients, parts, tolerance, FLOOR, sizes, least)
-        merged = merge(self.exchange.gather(checks))
-        if everything:
-            merged += compare_kept(stage, found.outputs, expected.outputs, tolerance, self.exchange)
-        empty = without_numbers(whole) + without_numbers(expected.gradients)
-        if empty:
-            note = f"{stage}: the original's {', '.join(empty[:4])} are no numbers, which proves little"
-            self.notes += [] if note in self.notes else [note]
-        return merged
+        mine = compare_tensors(
+            case.stage, "outputs", found_outputs, expected_outputs, self.tolerance, OUTPUT_FLOOR
+        )
+        mine += compare_tensors(
+            case.stage,
+            "gradients",
+            found.gradients,
+            local_parts(self.model, expected.gradients),
+            self.tolerance,
+            FLOOR,
+            {name: magnitude(one) for name, one in expected.gradients.items()},
+            least_gradient(expected_outputs.values()),
+        )
+        checks = merge(self.exchange.gather(mine))
+        if is_of_all:
+            checks += compare_kept(case.stage, found.outputs, expected.outputs, self.tolerance, self.exchange)
+        self._note_without_numbers(case, expected_outputs, expected.gradients)
+        return checks
+
+    def _note_without_numbers(self, case: Case, *expected: Mapping[str, Tensor]) -> None:
+        names = [name for tensors in expected for name in without_numbers(tensors)]
+        note = f"{case.stage}: the original's {', '.join(names[:4])} are no numbers, which proves little"
+        if names and note not in self.notes:
+            self.notes.append(note)
 
     # causes
 
-    def _locate(self, case: Case, failed: Sequence[Check]) -> Difference:
+    def _cause(self, case: Case, failed: Sequence[Check]) -> Difference:
         gradients = [check.name for check in failed if check.kind == "gradients"]
         values = [check for check in failed if check.kind != "gradients"]
-        localiser = self._record(case, max((one.error for one in failed if one.error < MISSING), default=1.0))
+        localiser = self._run_recorded(
+            case, max((one.error for one in failed if one.error < MISSING), default=1.0)
+        )
         if isinstance(localiser, Difference):
             return localiser
         difference = localiser.forward() if values else localiser.backward(gradients) or localiser.forward()
@@ -198,18 +212,18 @@ class Verification:
             difference = Difference(direction, "", kind, error=first.error, detail=detail)
         return replace(difference, stage=case.stage)
 
-    def _record(self, case: Case, error: float) -> Localiser | Difference:
+    def _run_recorded(self, case: Case, error: float) -> Localiser | Difference:
         """Both models once more, with everything that they compute; a difference already if one raises."""
         with recorded(self.original) as expected:
-            expected.parameters = self._run(self.original, case).gradients
+            expected.parameters = self._run_one(self.original, case).gradients
         try:
             with recorded(self.model) as found:
-                found.parameters = self._run(self.model, case).gradients
+                found.parameters = self._run_one(self.model, case).gradients
         except RunRaised as raised:
-            return self._raised(case, raised)
+            return self._cause_of_error(case, raised)
         return Localiser(expected, found, self.original, self.exchange, self.tolerance, error)
 
-    def _raised(self, case: Case, failed: RunRaised) -> Difference:
+    def _cause_of_error(self, case: Case, failed: RunRaised) -> Difference:
         first = failed.raised.first
         ranks = failed.raised.ranks
         of_ranks = "" if len(ranks) == self.exchange.size else f"on rank {', '.join(map(str, ranks))} "
