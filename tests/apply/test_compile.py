@@ -131,7 +131,11 @@ def _one_graph(size: int, training: bool, wrapped: bool, derived: bool) -> None:
 
 @pytest.mark.parametrize(
     ("size", "training", "wrapped", "derived"),
-    [(2, False, False, False), (3, True, True, False), (2, True, False, True)],
+    [
+        (2, False, False, False),
+        pytest.param(3, True, True, False, marks=pytest.mark.slow),
+        (2, True, False, True),
+    ],
 )
 def test_one_graph(
     ranks: Callable[[int], Pool], size: int, training: bool, wrapped: bool, derived: bool

@@ -91,7 +91,7 @@ def _compiled(training: bool) -> None:
         torch.testing.assert_close(colrow.global_grad_norm(compiled), colrow.global_grad_norm(plain))
 
 
-@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("training", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_compile(ranks: Callable[[int], Pool], training: bool) -> None:
     ranks(2).run(_compiled, training, timeout=240.0)
 

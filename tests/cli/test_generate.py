@@ -50,6 +50,7 @@ def test_compares_with_the_whole_model(folder: Path, tp: str, capfd: pytest.Capt
     assert f"tp={tp}: 24 tokens" in shown
 
 
+@pytest.mark.slow
 def test_sampling_is_the_same_on_all_ranks(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     arguments = ["generate", "--model", str(folder), "--tp", "2", "--prompt", "q", "--temperature", "1.0"]
     assert main([*arguments, "--max_new_tokens", "8", "--seed", "3", "--compare"]) == 0

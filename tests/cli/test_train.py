@@ -150,6 +150,7 @@ def test_help_does_not_wait_for_torch() -> None:
     assert "--optimizer.learning_rate" in done.stdout
 
 
+@pytest.mark.slow
 def test_under_torchrun(file: str, tmp_path: Path) -> None:
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     done = _colrow(file, "--mesh.tp", "2", launcher=launcher)

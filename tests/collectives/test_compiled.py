@@ -98,7 +98,9 @@ def _compare(size: int, backend: str, begins: bool) -> None:
         assert error < 1e-12, f"gradient of {case} is off by {error}"
 
 
-@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize(
+    "size", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3]
+)
 def test_values_and_gradients(ranks: Callable[[int], Pool], size: int) -> None:
     ranks(size).run(_compare, size, "aot_eager", False)
 

@@ -111,7 +111,8 @@ def test_the_whole_runs_timeout(tmp_path: Path) -> None:
 
 
 PROGRAM = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
 from colrow.cli import _guard
 from colrow.launch import launch
 arguments = {"folder": sys.argv[1], "stubborn": int(sys.argv[2])}

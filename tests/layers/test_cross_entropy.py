@@ -66,6 +66,7 @@ def test_all_options(ranks: Callable[[int], Pool], size: int) -> None:
         ranks(size).run(_options, size, vocabulary, False)
 
 
+@pytest.mark.slow
 def test_all_options_compiled(ranks: Callable[[int], Pool]) -> None:
     ranks(3).run(_options, 3, 2, True)  # one rank holds no id
 

@@ -28,6 +28,8 @@ pytestmark = needs_shared_memory
 
 HOSTS = ((0, 0, 1), (0, 1, 0), (0, 0, 1, 1), (0, 1, 0, 1), (0, 0, 0, 1), (1, 2, 2, 3))
 """On which host each rank is: equally many on each or not, one after the other or dealt out."""
+LONG = ((0, 1, 0), (0, 0, 1, 1))
+"""Those of which another is harder."""
 INLINE = (message_bytes(2) - CALL_BYTES) // 8
 COUNTS = (0, 1, 5, INLINE, INLINE + 1, 30_000, SLICE_BYTES // 8 + 7)
 """Float64 elements: fewer than ranks, with the first message and not, one slice, several."""
@@ -84,7 +86,9 @@ def _all_to(rank: int, count: int, parts: int) -> list[int]:
     return [count if one == rank else 0 for one in range(parts)]
 
 
-@pytest.mark.parametrize("hosts", HOSTS)
+@pytest.mark.parametrize(
+    "hosts", [pytest.param(one, marks=[pytest.mark.slow] if one in LONG else []) for one in HOSTS]
+)
 def test_every_collective(ranks: Callable[[int], Pool], hosts: tuple[int, ...]) -> None:
     for count in COUNTS:
         checksums = ranks(len(hosts)).run(_exact, hosts, count)

@@ -63,7 +63,7 @@ needs_compiler = pytest.mark.skipif(COMPILER is None, reason="there is no C comp
 
 
 @needs_compiler
-@pytest.mark.parametrize("checker", CHECKERS)
+@pytest.mark.parametrize("checker", [CHECKERS[0], pytest.param(CHECKERS[1], marks=pytest.mark.slow)])
 def test_checked_by_the_compiler(build: Callable[[str], Path], checker: str) -> None:
     """Data races between ranks; accesses outside of memory; undefined behaviour; wrong numbers."""
     for ranks, seed in ((2, 0), (3, 1), (5, 2), (64, 3)):

@@ -35,10 +35,10 @@ def _verify(name: str, sizes: Mapping[str, int], data: Data) -> Report:
     ("name", "sizes", "data"),
     [
         ("llama", {"dp": 2, "tp": 2}, "ddp"),
-        ("gpt2", {"dp": 2, "tp": 2}, "fsdp"),
+        pytest.param("gpt2", {"dp": 2, "tp": 2}, "fsdp", marks=pytest.mark.slow),
         ("llama", {"dp": 3}, "zero1"),
         ("gpt2", {"pp": 2, "tp": 2}, "ddp"),
-        ("llama", {"pp": 2, "dp": 2}, "zero1"),
+        pytest.param("llama", {"pp": 2, "dp": 2}, "zero1", marks=pytest.mark.slow),
         ("gpt2", {"cp": 2, "tp": 2}, "ddp"),
         ("mixtral", {"ep": 2, "tp": 2}, "fsdp"),
     ],

@@ -47,7 +47,7 @@ def _without_reduction_of(build: Callable[[], nn.Module], size: int, name: str) 
     [
         (models.llama, LLAMA, "model.layers.1.mlp", ("gate_proj", "up_proj")),
         (models.llama, LLAMA, "model.layers.0.self_attn", ("q_proj", "k_proj", "v_proj")),
-        (models.gpt2, GPT2, "transformer.h.0.mlp", ("c_fc",)),
+        pytest.param(models.gpt2, GPT2, "transformer.h.0.mlp", ("c_fc",), marks=pytest.mark.slow),
         (models.bert, BERT, "bert.encoder.layer.1.attention.self", ("query", "key", "value")),
     ],
 )

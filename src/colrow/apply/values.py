@@ -65,8 +65,16 @@ class _Forward(OwnForward):
     ) -> None:
         super().__init__(module)
         self._path, self._inputs, self._outputs = path, inputs, outputs
+        # of most modules it is one tensor, given by position, that is changed: there is nothing to look for
+        is_plain = [(position, rest) for position, _, rest, _ in inputs] in ([], [(0, ())])
+        self._first = tuple(change for *_, change in inputs) if is_plain else None
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        if self._first is not None and len(arguments) == 1 and isinstance(arguments[0], Tensor):
+            (item,) = arguments
+            for change in self._first:
+                item = change(item)
+            return self._leave(self._inner((item,), keywords))
         lent: list[_Lent] = []
         for position, name, rest, change in self._inputs:
             if name is not None and name in keywords:
@@ -93,6 +101,9 @@ class _Forward(OwnForward):
         finally:
             for one in lent:
                 one.put_back()
+        return self._leave(output)
+
+    def _leave(self, output: Any) -> Any:
         for path, change in self._outputs:
             output = (
                 change(output) if not path and isinstance(output, Tensor) else changed(output, path, change)
@@ -107,6 +118,7 @@ class _Forward(OwnForward):
 
     def release(self) -> None:
         self._inputs = self._outputs = ()
+        self._first = ()
 
 
 @dataclass(frozen=True)
