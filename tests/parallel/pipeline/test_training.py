@@ -78,9 +78,11 @@ def test_more_ranks(ranks: Callable[[int], Pool], case: Case) -> None:
     _check(ranks, case)
 
 
-@pytest.mark.parametrize("data", ["ddp", "fsdp"])
-def test_replicas(ranks: Callable[[int], Pool], data: str) -> None:
-    _check(ranks, ("gpt2", {"pp": 2, "dp": 2}, {"micro_batches": 2}), data)
+@pytest.mark.parametrize(("name", "data"), [("gpt2", "ddp"), ("gpt2", "fsdp"), ("t5", "fsdp")])
+def test_replicas(ranks: Callable[[int], Pool], name: str, data: str) -> None:
+    """T5 has one table in the first stage, and twice in the last."""
+    stages = {"stages": ["decoder.embed_tokens"]} if name == "t5" else {}
+    _check(ranks, (name, {"pp": 2, "dp": 2}, {"micro_batches": 2, **stages}), data)
 
 
 @pytest.mark.slow

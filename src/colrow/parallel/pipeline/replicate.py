@@ -69,9 +69,10 @@ class _Sharded:
             module.set_is_last_backward(False)
             module.set_reshard_after_backward(False)
             module.set_requires_gradient_sync(False)
-        if self._modules:
-            for module in self._modules:
-                module.unshard()
+        for module in self._modules:
+            if isinstance(module, _Together):
+                module()  # what FSDP prepares with the first forward, it does for units when they are called
+            module.unshard()
 
     def end(self) -> None:
         """Let go of what was gathered."""
@@ -108,22 +109,16 @@ def _reduce(module: Any) -> None:
 
 
 def _shard(model: nn.Module, units: list[nn.Module], mesh: DeviceMesh) -> list[FSDPModule]:
-    """Shard the units over replicas; those that share a parameter with another of this rank stay whole."""
-    readers: dict[int, int] = {}
-    for unit in units:
-        for parameter in unit.parameters():
-            readers[id(parameter)] = readers.get(id(parameter), 0) + 1
+    """Shard the units over replicas, those together that share a parameter."""
     places: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for leaf, slot in module._parameters.items():
             if slot is not None:
                 places.setdefault(id(slot), []).append((module, leaf))
     sharded: list[FSDPModule] = []
-    for unit in units:
-        own = list(unit.parameters())
-        if not own or any(readers[id(parameter)] > 1 for parameter in own):
-            continue
-        found = [places[id(parameter)] for parameter in own]
+    for several in _sharing(units):
+        unit = several[0] if len(several) == 1 else _Together(several)
+        found = [places[id(parameter)] for parameter in unit.parameters()]
         inside = set(unit.modules())
         fully_shard(unit, mesh=mesh, reshard_after_forward=False)
         for slots in found:
@@ -135,3 +130,28 @@ def _shard(model: nn.Module, units: list[nn.Module], mesh: DeviceMesh) -> list[F
         assert isinstance(unit, FSDPModule)
         sharded.append(unit)
     return sharded
+
+
+class _Together(nn.ModuleList):
+    """Units that share parameters: FSDP wants one module that holds them. It is called to gather them."""
+
+    def forward(self) -> None:
+        """Compute nothing: the units are called by themselves."""
+
+
+def _sharing(units: list[nn.Module]) -> list[list[nn.Module]]:
+    """The units with parameters: those together that share some, as an embedding and the head may do."""
+    found: list[tuple[set[int], list[nn.Module]]] = []
+    for unit in units:
+        own = {id(parameter) for parameter in unit.parameters()}
+        if not own:
+            continue
+        joined = [one for one in found if one[0] & own]
+        found = [one for one in found if not one[0] & own]
+        found.append(
+            (
+                own.union(*(held for held, _ in joined)),
+                [each for _, several in joined for each in several] + [unit],
+            )
+        )
+    return [several for _, several in found]
