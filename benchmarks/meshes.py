@@ -38,7 +38,7 @@ SCHEDULES = ("1f1b", "gpipe", "zbv", "interleaved_1f1b", "interleaved_zero_bubbl
 """Of pipelines; each case has another one. What passes between stages of T5 are several values."""
 ONE_STAGE = ("1f1b", "gpipe")
 """Those that give each rank one stage: the models have four layers."""
-STAGES = 4
+STAGES, EXPERTS = 4, 5
 SECONDS = 120.0
 """For one case."""
 
@@ -55,6 +55,8 @@ def cases(models: Sequence[str], ranks: int) -> Iterator[dict[str, Any]]:
             mesh = dict(zip(names, sizes, strict=True))
             if mesh["tp"] == ranks or mesh["pp"] > STAGES:
                 continue  # the first is what verify does without a mesh
+            if mesh.get("ep", 1) > EXPERTS:
+                continue
             if mesh["pp"] > 1 and mesh.get("ep", 1) > 1:
                 continue  # stages do not divide experts
             has_replicas = mesh["dp"] * mesh.get("ep", 1) * mesh.get("cp", 1) > 1

@@ -138,7 +138,9 @@ class _Search:
         outside = self._at(module.first, module.last, module.outputs, None)
         # a hook on a module costs less than looking for a call; inner modules run on more paths than outer
         limit = inside.cost if not calls else inside.cost * (1 + 1e-9)
-        best = outside if outside is not None and outside.cost < limit else inside
+        best = inside
+        if outside is not None and (outside.cost < limit or _is_unflattened(outside, inside)):
+            best = outside
         if best is inside and inside.cost:
             best = self._where_they_meet(module, inside.cost) or inside
         return best
@@ -220,6 +222,25 @@ class _Search:
         for index, (_, since) in spread.values.items():
             found.partial[index] = (since, until)
         found.once += spread.once
+
+
+def _is_unflattened(outside: _Choice, inside: _Choice) -> bool:
+    """Whether it costs the same outside, and tokens there are rows of sequences again.
+
+    Layers of experts take all tokens of a batch as one dimension. Where what leaves has one for sequences, it
+    can be scattered along it.
+    """
+    places, before = _places(outside), _places(inside)
+    return (
+        outside.cost <= inside.cost
+        and len(places) == len(before)
+        and all(len(new.shape) > len(old.shape) for new, old in zip(places, before, strict=True))
+    )
+
+
+def _places(choice: _Choice) -> list[Value]:
+    own = [] if choice.here is None else [value for _, value in choice.here[1]]
+    return own + [value for _, part in choice.parts for value in _places(part)]
 
 
 def _rebinds(call: FunctionCall) -> bool:

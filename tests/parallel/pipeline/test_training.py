@@ -85,6 +85,11 @@ def test_replicas(ranks: Callable[[int], Pool], name: str, data: str) -> None:
     _check(ranks, (name, {"pp": 2, "dp": 2}, {"micro_batches": 2, **stages}), data)
 
 
+def test_logits_of_a_sharded_layer(ranks: Callable[[int], Pool]) -> None:
+    """FSDP asks what the last layer returns, of which a rank has a part, whether it is a view."""
+    _check(ranks, ("llama", {"pp": 2, "tp": 2}, {}), "fsdp")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("data", ["ddp", "fsdp"])
 @pytest.mark.parametrize("schedule", ["interleaved_1f1b", "zbv"])
