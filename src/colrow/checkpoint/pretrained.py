@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from colrow.apply import parallelize
+from colrow.checkpoint.conversion import convert_names
 from colrow.checkpoint.meta import materialise, parameters_on_meta
 from colrow.checkpoint.reader import SafetensorsFolder
 from colrow.checkpoint.shards import BYTES_PER_FILE, Saved, write_global
@@ -137,6 +138,11 @@ def load_pretrained(
         raise ValueError(
             f"the architecture {names} of {folder} is not in transformers {transformers.__version__}"
         )
+    if getattr(config, "quantization_config", None):
+        raise ValueError(
+            f"the weights in {folder} are quantized, which only transformers reads: load them there with "
+            "dequantize=True in the quantization configuration, and save that model"
+        )
     dtype = dtype or config.dtype or torch.float32
     with parameters_on_meta(), _default_dtype(dtype):
         model: nn.Module = model_class(config)
@@ -189,6 +195,10 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
     ]
     buffers = dict(_persistent_buffers(module))
     targets += [((name,), buffer, TensorLayout(tuple(buffer.shape))) for name, buffer in buffers.items()]
+    elsewhere = state.pipeline.names if state.pipeline is not None else frozenset()
+    if any(files.names.isdisjoint(names) for names, _, _ in targets):
+        shapes = {name: layout.shape for names, _, layout in targets for name in names}
+        convert_names(module, files, {**dict.fromkeys(elsewhere, ()), **shapes})
     sources = [_source(files, names, layout) for names, _, layout in targets]
     missing = [names[0] for (names, _, _), source in zip(targets, sources, strict=True) if source is None]
     if missing:
@@ -199,7 +209,6 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
             f"{len(lost)} buffers are on the meta device, and checkpoints do not hold them: {_first(lost)}. "
             "Build the model in colrow.checkpoint.parameters_on_meta(), which leaves buffers real"
         )
-    elsewhere = state.pipeline.names if state.pipeline is not None else frozenset()
     unknown = sorted(files.names - {name for names, _, _ in targets for name in names} - elsewhere)
     if unknown:
         warnings.warn(f"{folder} has tensors that the model does not: {_first(unknown)}", stacklevel=2)

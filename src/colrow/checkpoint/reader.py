@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from colrow.checkpoint.stored import StoredTensor
 from colrow.layout import TensorLayout
 
 
@@ -41,7 +43,9 @@ class SafetensorsFolder:
             self.metadata = content.get("metadata", {})
         else:
             raise FileNotFoundError(f"there is neither {single.name} nor {index.name} in {folder}")
-        self._mapping = mapping
+        self._mapping = mapping  # the file of each tensor
+        self._names_in_files: dict[str, str] = {}  # of those that have been renamed
+        self._made: dict[str, StoredTensor] = {}
 
     def _open(self, path: Path) -> Any:
         # an extra: whoever only cuts models need not have it
@@ -53,11 +57,34 @@ class SafetensorsFolder:
 
     @property
     def names(self) -> set[str]:
-        return set(self._mapping)
+        return {*self._mapping, *self._made}
+
+    def rename(self, name: str, new: str) -> None:
+        """Let a tensor have another name."""
+        self._mapping[new] = self._mapping.pop(name)
+        self._names_in_files[new] = self._names_in_files.pop(name, name)
+
+    def replace(self, names: Iterable[str], made: Mapping[str, StoredTensor]) -> None:
+        """Have other tensors in place of some, of which they were made."""
+        for name in names:
+            del self._mapping[name]
+        self._made.update(made)
+
+    def stored(self, name: str) -> StoredTensor:
+        """A tensor to compute with, which is read later, as far as it is wanted."""
+        if name in self._made:
+            return self._made[name]
+        source, shape = self._slice(name), self.shape(name)
+        if not shape:
+            value: Tensor = self._open(self._folder / self._mapping[name]).get_tensor(self._in_file(name))
+            return StoredTensor((), value.dtype, lambda box: value)
+        # slices of nothing have a dtype
+        dtype = source[tuple(slice(0, 0) for _ in shape)].dtype
+        return StoredTensor(shape, dtype, lambda box: source[tuple(slice(*one) for one in box)])
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The global shape of a tensor."""
-        return tuple(self._slice(name).get_shape())
+        return tuple(self._made[name].shape if name in self._made else self._slice(name).get_shape())
 
     def check_shape(self, name: str, layout: TensorLayout) -> None:
         """Raise a ``ValueError`` if the file's shape is not the layout's."""
@@ -75,27 +102,26 @@ class SafetensorsFolder:
             ValueError: if the file's shape is not the layout's.
         """
         self.check_shape(name, layout)
-        source = self._slice(name)
+        source = self.stored(name)
+        dtype = dtype or source.dtype
         ranges = [layout.ranges(dimension, rank) for dimension in range(len(layout.shape))]
         if not ranges:
-            whole: Tensor = self._open(self._folder / self._mapping[name]).get_tensor(name)
-            return whole.to(dtype or whole.dtype)
-        local: Tensor | None = None
+            return source.part(()).to(dtype)
+        local = torch.empty(layout.local_shape(rank), dtype=dtype)
         offsets = [_offsets(one) for one in ranges]
         for block in product(*(range(len(one)) for one in ranges)):
-            part = source[tuple(slice(*ranges[d][index]) for d, index in enumerate(block))]
-            if local is None:
-                local = part.new_empty(layout.local_shape(rank), dtype=dtype or part.dtype)
+            part = source.part(tuple(ranges[d][index] for d, index in enumerate(block)))
             target = local
             for d, index in enumerate(block):
                 target = target.narrow(d, offsets[d][index], part.shape[d])
             target.copy_(part)
-        if local is None:  # this rank holds nothing of it
-            local = torch.empty(layout.local_shape(rank), dtype=dtype or source[:0].dtype)
         return local
 
     def _slice(self, name: str) -> Any:
-        return self._open(self._folder / self._mapping[name]).get_slice(name)
+        return self._open(self._folder / self._mapping[name]).get_slice(self._in_file(name))
+
+    def _in_file(self, name: str) -> str:
+        return self._names_in_files.get(name, name)
 
 
 def _offsets(ranges: list[tuple[int, int]]) -> list[int]:
