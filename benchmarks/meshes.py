@@ -57,8 +57,6 @@ def cases(models: Sequence[str], ranks: int) -> Iterator[dict[str, Any]]:
                 continue  # the first is what verify does without a mesh
             if mesh.get("ep", 1) > EXPERTS:
                 continue
-            if mesh["pp"] > 1 and mesh.get("ep", 1) > 1:
-                continue  # stages do not divide experts
             has_replicas = mesh["dp"] * mesh.get("ep", 1) * mesh.get("cp", 1) > 1
             # one ZeRO optimizer does not divide the state of experts, which differ along ep
             ways = [one for one in DATA if mesh.get("ep", 1) == 1 or one != "zero1"]

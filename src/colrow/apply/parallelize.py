@@ -167,10 +167,6 @@ def _context(
             "a plan does not say how sequences are cut over ranks (cp)",
             "Give check=, a call of the model, as well.",
         )
-    if size_of(mesh, "pp") > 1:
-        raise PlanError(
-            "", "sequences are not cut over ranks (cp) within stages (pp)", "Use a mesh with one of the two."
-        )
     ranks = communicator(mesh["cp"])
     plan = derive_context(model, examples_of(example), registry)
     method = method_of(plan, ranks.size, communicator(mesh).size, wish)

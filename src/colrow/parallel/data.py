@@ -17,7 +17,7 @@ from colrow.data_shards import let_go_of_gathered
 from colrow.mesh import replicas, replicas_of_experts
 from colrow.parallel.experts.reduction import ExpertGradients
 from colrow.parallel.pipeline.pipeline import Pipeline
-from colrow.parallel.pipeline.replicate import replicate_stages
+from colrow.parallel.pipeline.replicate import Replicas, replicate_stages
 from colrow.replicas import check_equal_weights
 from colrow.state import parallel_module, placed_parameters, state_of
 
@@ -60,11 +60,7 @@ def data_parallel(model: nn.Module, mesh: DeviceMesh, kind: Kind = "ddp", **opti
     if isinstance(model, Pipeline):
         if options:
             raise ValueError(f"the stages of a pipeline take no options: leave out {', '.join(options)}")
-        if divided:
-            raise ValueError(
-                "the stages of a pipeline cannot divide experts over ep: make the mesh without ep"
-            )
-        replicate_stages(model, shared, kind)
+        replicate_stages(model, Replicas(shared, of_experts, tuple(_paths_of_experts(module))), kind)
         return model
     if kind == "ddp":
         devices = [torch.cuda.current_device()] if mesh.device_type == "cuda" else None

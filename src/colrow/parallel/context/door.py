@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from colrow.apply.replay import Replaying
 from colrow.apply.values import Change, changed
 from colrow.errors import PlanError
-from colrow.forwards import OwnForward
+from colrow.forwards import OwnForward, own_forwards
 from colrow.parallel.context.names import positional_names
 from colrow.parallel.context.plan import ContextPlan, Extent
 from colrow.parallel.context.results import ShardedSequence
@@ -36,16 +36,25 @@ class Door(OwnForward):
         model: in which all calls have been changed.
         plan: what comes in and goes out.
         running: is told which tokens the rank has.
+
+    Attributes:
+        before: attentions and losses that earlier stages of a pipeline have done of this call.
     """
 
     def __init__(self, model: nn.Module, plan: ContextPlan, running: Running) -> None:
         super().__init__(model)
         self._plan, self._running = plan, running
+        self.before = (0, 0)
         self._is_released = False
         self._checked: set[int] = set()
 
     def release(self) -> None:
         self._is_released = True
+
+    @property
+    def passed(self) -> tuple[int, int]:
+        """How many attentions and losses the last call had, if it was a stage's up to that stage's end."""
+        return self._running.counts[0], self._running.counts[1]
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
         return self._inner(arguments, keywords) if self._is_released else self._cut(*arguments, **keywords)
@@ -63,7 +72,7 @@ class Door(OwnForward):
                     given[path[0]] = changed(given[path[0]], path[1:], take)
             arguments, keywords = self._as_given(given, arguments, keywords)
             output = self._inner(arguments, keywords)
-        course = (running.counts[0], running.counts[1])
+        course = (self.before[0] + running.counts[0], self.before[1] + running.counts[1])
         if course not in self._plan.outputs:
             why = "" if course[1] else self._plan.without_targets
             reason = f" ({why})" if why else ""
@@ -188,3 +197,8 @@ class Door(OwnForward):
             taken: Tensor = TakenAtDoor.apply(whole, self._running, extent)
             return taken
         return self._running.take(whole, extent)
+
+
+def door_of(model: nn.Module) -> Door | None:
+    """Where calls of a model begin whose sequences are cut over ranks."""
+    return next((one for one in own_forwards(model) if isinstance(one, Door)), None)

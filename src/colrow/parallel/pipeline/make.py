@@ -123,12 +123,13 @@ def _state_for(model: nn.Module, mesh: DeviceMesh) -> ParallelState:
     """That of a parallelized model, or one for a model that is whole."""
     if is_parallelized(model):
         return state_of(model)
-    if size_of(mesh, "tp") > 1:
-        raise PlanError(
-            "",
-            f"the mesh has {size_of(mesh, 'tp')} tensor-parallel ranks, and the model is whole",
-            "Call colrow.parallelize(model, mesh, example) first.",
-        )
+    for dimension in ("tp", "ep", "cp"):
+        if size_of(mesh, dimension) > 1:
+            raise PlanError(
+                "",
+                f"the mesh has {size_of(mesh, dimension)} ranks along {dimension}, and the model is whole",
+                "Call colrow.parallelize(model, mesh, example) first.",
+            )
     undo = Undo(model)
     undo.seal(model)
     layouts = {

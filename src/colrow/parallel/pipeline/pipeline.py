@@ -183,7 +183,9 @@ class Pipeline(nn.Module):
         shapes = self._shapes_for(parts[0])
         schedule = self._schedule_for(shapes)
         for module in self._stages.values():
-            module.begin(parts, [share * weight for share in shares], shapes.returned, shapes.lengths)
+            module.begin(
+                parts, [share * weight for share in shares], shapes.returned, shapes.lengths, shapes.passed
+            )
         # the numbers of the micro-batches, which the schedule divides, stand for what each stage has already
         numbers = torch.arange(self.micro_batches)
         self._waited = self._run(
@@ -226,7 +228,7 @@ class Pipeline(nn.Module):
         shapes = self._shapes_for(parts[0])
         results: dict[int, Any] = {}
         for module in self._stages.values():
-            module.begin(parts, [], shapes.returned, shapes.lengths, results.__setitem__)
+            module.begin(parts, [], shapes.returned, shapes.lengths, shapes.passed, results.__setitem__)
         self._run(lambda: run_forward(self.layout, self._stages, self._ranks, shapes, self.micro_batches))
         for module in self._stages.values():
             module.end()

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from colrow.collectives import Communicator
 from colrow.errors import PlanError, RankFailure
+from colrow.parallel.experts.dispatch import rehearsal
 from colrow.parallel.pipeline.layout import StageLayout
 from colrow.parallel.pipeline.stage import StageModule
 from colrow.trace.tree import Path
@@ -50,11 +51,13 @@ class BatchShapes:
         sent: by stage, what it sends to the next one.
         returned: what units return, by the index of the call and the path in its result.
         lengths: of the sequences that are cut over tensor-parallel ranks, by name.
+        passed: attentions and losses in each stage, where sequences are cut over ranks of ``cp``.
     """
 
     sent: tuple[tuple[Sent, ...], ...]
     returned: Mapping[tuple[int, Path], tuple[tuple[int, ...], torch.dtype]]
     lengths: Mapping[str, int]
+    passed: tuple[tuple[int, int], ...]
 
 
 def rehearse(
@@ -78,22 +81,23 @@ def rehearse(
     """
     sent: list[tuple[Sent, ...]] = []
     lengths: dict[str, int] = {}
+    passed: list[tuple[int, int]] = []
     returned: dict[tuple[int, Path], tuple[tuple[int, ...], torch.dtype]] = {}
     for stage in layout.stages:
         message: Any = None
         failure: Exception | None = None
         if stage.index in modules:
             module = modules[stage.index]
-            module.shapes, module.known_lengths = returned, lengths
+            module.shapes, module.known_lengths, module.passed = returned, lengths, passed
             for sequence in module.sequences.values():
                 sequence.forget()
             received = tuple(one.blank(device) for one in (sent[-1] if sent else ()))
             try:
-                with _untouched(module):
+                with _untouched(module), rehearsal(module.model):
                     run, _ = module.run(received, batch)
                     own = tuple(Sent(tuple(one.shape), one.dtype, one.requires_grad) for one in run.sent())
                 seen = {name: one.latest for name, one in module.sequences.items() if one.latest}
-                message = (own, run.returned, seen)
+                message = (own, run.returned, seen, module.course)
             except RankFailure:
                 raise
             except Exception as error:
@@ -108,7 +112,8 @@ def rehearse(
         sent.append(told[0])
         returned.update(told[1])
         lengths.update(told[2])
-    return BatchShapes(tuple(sent), returned, lengths)
+        passed.append(told[3])
+    return BatchShapes(tuple(sent), returned, lengths, tuple(passed))
 
 
 def _broadcast(ranks: Communicator, message: Any, source: int, device: torch.device) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -14,20 +15,36 @@ from colrow.parallel.pipeline.gradients import average_over_replicas
 from colrow.parallel.pipeline.pipeline import Pipeline
 
 
-def replicate_stages(pipeline: Pipeline, mesh: DeviceMesh, kind: str) -> None:
+@dataclass(frozen=True)
+class Replicas:
+    """Which ranks hold the same of this rank's stages.
+
+    Attributes:
+        mesh: those of all parameters but experts.
+        of_experts: those of experts, which ``ep`` divides: fewer.
+        experts: paths of the modules that have parts of experts.
+    """
+
+    mesh: DeviceMesh
+    of_experts: DeviceMesh
+    experts: tuple[str, ...] = ()
+
+
+def replicate_stages(pipeline: Pipeline, replicas: Replicas, kind: str) -> None:
     """Let replicas of a pipeline train as one; see :func:`colrow.data_parallel`.
 
     Args:
         pipeline: changed in place.
-        mesh: of the replicas of this rank's stages.
+        replicas: of this rank's stages.
         kind: ``ddp`` or ``fsdp``.
     """
-    ranks = communicator(mesh)
+    model = pipeline.model
     if kind == "ddp":
-        pipeline.set_replicas(_Averaged(pipeline.model, ranks))
+        pipeline.set_replicas(_Averaged(model, replicas))
         return
-    units = pipeline.units()
-    pipeline.set_replicas(_Sharded(pipeline.model, _shard(pipeline.model, units, mesh), ranks))
+    pipeline.set_replicas(
+        _Sharded(model, *_shard(model, pipeline.units(), replicas), communicator(replicas.mesh))
+    )
 
 
 class _Averaged:
@@ -37,8 +54,11 @@ class _Averaged:
     and expect each parameter in it once.
     """
 
-    def __init__(self, model: nn.Module, ranks: Communicator) -> None:
-        self._model, self._ranks = model, ranks
+    def __init__(self, model: nn.Module, replicas: Replicas) -> None:
+        self._model = model
+        self._all, self._of_experts = communicator(replicas.mesh), communicator(replicas.of_experts)
+        modules = [model.get_submodule(path) for path in replicas.experts]
+        self._experts = {id(one) for module in modules for one in module.parameters()}
 
     def begin(self) -> None:
         """Nothing is to be prepared."""
@@ -50,7 +70,9 @@ class _Averaged:
         """Sum what stages share, then average."""
         sum_shared()
         if syncs:
-            average_over_replicas(self._model.parameters(), self._ranks)
+            parameters = list(self._model.parameters())
+            average_over_replicas((one for one in parameters if id(one) not in self._experts), self._all)
+            average_over_replicas((one for one in parameters if id(one) in self._experts), self._of_experts)
 
 
 class _Sharded:
@@ -60,8 +82,8 @@ class _Sharded:
     gathered many times.
     """
 
-    def __init__(self, model: nn.Module, modules: list[Any], ranks: Communicator) -> None:
-        self._model, self._modules, self._ranks = model, modules, ranks
+    def __init__(self, model: nn.Module, units: list[Any], experts: list[Any], ranks: Communicator) -> None:
+        self._model, self._units, self._modules, self._ranks = model, units, [*units, *experts], ranks
 
     def begin(self) -> None:
         """Gather the parameters, and leave gradients where they are until the step's end."""
@@ -89,7 +111,8 @@ class _Sharded:
             module.set_is_last_backward(True)
             module.set_reshard_after_backward(True)
             module.set_requires_gradient_sync(True)
-            _reduce(module)
+        for unit in self._units:
+            _reduce(unit)
         average_over_replicas(
             (one for one in self._model.parameters() if type(one) is nn.Parameter), self._ranks
         )
@@ -108,19 +131,26 @@ def _reduce(module: Any) -> None:
     state._root_post_backward_final_callback()
 
 
-def _shard(model: nn.Module, units: list[nn.Module], mesh: DeviceMesh) -> list[FSDPModule]:
-    """Shard the units over replicas, those together that share a parameter."""
+def _shard(
+    model: nn.Module, units: list[nn.Module], replicas: Replicas
+) -> tuple[list[FSDPModule], list[FSDPModule]]:
+    """Shard the units over replicas, those together that share a parameter; experts in them by themselves."""
     places: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for leaf, slot in module._parameters.items():
             if slot is not None:
                 places.setdefault(id(slot), []).append((module, leaf))
+    held = {module for unit in units for module in unit.modules()}
+    experts = [one for path in replicas.experts if (one := model.get_submodule(path)) in held]
+    for module in experts:
+        fully_shard(module, mesh=replicas.of_experts, reshard_after_forward=False)
     sharded: list[FSDPModule] = []
     for several in _sharing(units):
         unit = several[0] if len(several) == 1 else _Together(several)
-        found = [places[id(parameter)] for parameter in unit.parameters()]
+        # those of experts are others by now, which no other unit reads
+        found = [places[id(one)] for one in unit.parameters() if id(one) in places]
         inside = set(unit.modules())
-        fully_shard(unit, mesh=mesh, reshard_after_forward=False)
+        fully_shard(unit, mesh=replicas.mesh, reshard_after_forward=False)
         for slots in found:
             # other places of a tied parameter, whose units compute on other stages
             own_module, own_leaf = next(slot for slot in slots if slot[0] in inside)
@@ -129,7 +159,7 @@ def _shard(model: nn.Module, units: list[nn.Module], mesh: DeviceMesh) -> list[F
                     module._parameters[leaf] = own_module._parameters[own_leaf]
         assert isinstance(unit, FSDPModule)
         sharded.append(unit)
-    return sharded
+    return sharded, [one for one in experts if isinstance(one, FSDPModule)]
 
 
 class _Together(nn.ModuleList):

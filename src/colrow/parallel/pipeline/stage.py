@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from colrow.apply.sequence import SequenceLength
 from colrow.errors import PlanError
 from colrow.modules import names_by_parameter
+from colrow.parallel.context.door import door_of
 from colrow.parallel.pipeline.layout import Stage
 from colrow.parallel.pipeline.live import Substituting
 from colrow.parallel.pipeline.run import Frame, Passing, Run, Shapes, StageEnd
@@ -32,6 +33,8 @@ class StageModule(nn.Module):
     Attributes:
         shapes: of what earlier units return.
         known_lengths: of sequences that are cut over tensor-parallel ranks, by name.
+        passed: attentions and losses of each stage, as far as they are known, where sequences are cut over
+            ranks of ``cp``.
         losses: of the last stage, the loss of each micro-batch of this step.
     """
 
@@ -43,6 +46,7 @@ class StageModule(nn.Module):
         self._frame, self._stage, self._is_last, self._loss = frame, stage, is_last, loss
         self.shapes: Shapes = {}
         self.known_lengths: Mapping[str, int] = {}
+        self.passed: Sequence[tuple[int, int]] = ()
         self.losses: list[Tensor] = []
         self._tied = {
             name
@@ -60,6 +64,7 @@ class StageModule(nn.Module):
         shares: Sequence[float],
         shapes: Shapes,
         lengths: Mapping[str, int],
+        passed: Sequence[tuple[int, int]],
         keep: Callable[[int, Any], None] | None = None,
     ) -> None:
         """A step begins.
@@ -69,15 +74,16 @@ class StageModule(nn.Module):
             shares: what the loss of each counts; none for an evaluation.
             shapes: of what earlier units return.
             lengths: of sequences that are cut, by name.
+            passed: attentions and losses of each stage.
             keep: takes the number of a micro-batch and what the model returned, on the last stage.
         """
         self.losses = []
         self._batches, self._shares, self._keep = batches, shares, keep
-        self.shapes, self.known_lengths = shapes, lengths
+        self.shapes, self.known_lengths, self.passed = shapes, lengths, passed
 
     def end(self) -> None:
         """The step is over: let go of its batch."""
-        self.begin((), (), {}, {})
+        self.begin((), (), {}, {}, ())
 
     @property
     def model(self) -> nn.Module:
@@ -133,6 +139,7 @@ class StageModule(nn.Module):
         }
         run = Run(self._frame, self._stage, values, self.shapes)
         self._note_lengths()
+        self._note_course()
         output: Any = None
         self._frame.current = run
         try:
@@ -142,6 +149,7 @@ class StageModule(nn.Module):
             pass
         finally:
             self._frame.current = None
+        self._check_course()
         return run, output
 
     def _substituting(self, run: Run) -> AbstractContextManager[object]:
@@ -157,6 +165,31 @@ class StageModule(nn.Module):
         """Sequences that are cut over tensor-parallel ranks are whole on the first stage only."""
         for name, length in self.known_lengths.items():
             self.sequences[name].parts(length)
+
+    @property
+    def course(self) -> tuple[int, int]:
+        """Attentions and losses of the last run, where sequences are cut over ranks of ``cp``."""
+        door = door_of(self.model)
+        return (0, 0) if door is None else door.passed
+
+    def _note_course(self) -> None:
+        """What a call does is known of the whole model: tell it what earlier stages do of it."""
+        door = door_of(self.model)
+        if door is not None:
+            before = self.passed[: self._stage.index]
+            door.before = (sum(one[0] for one in before), sum(one[1] for one in before))
+
+    def _check_course(self) -> None:
+        """The last stage has taken for granted that earlier ones do what they did when shapes were found."""
+        index = self._stage.index
+        if index < len(self.passed) and self.course != self.passed[index]:
+            raise PlanError(
+                self._frame.calls[self._stage.first].path,
+                f"this stage has done {self.course[0]} attentions and {self.course[1]} losses over tokens, "
+                f"and {self.passed[index][0]} and {self.passed[index][1]} for a batch of this shape before; "
+                "sequences are cut over ranks (cp), and what the model does in other calls is not known",
+                "Let what the model does not depend on the numbers in a batch, or make the mesh without cp.",
+            )
 
     def loss_of(self, output: Any) -> Tensor:
         """The loss in what the model returned.
