@@ -57,16 +57,15 @@ class SharedGradients:
     def sum(self, kept: Mapping[str, Tensor | None]) -> None:
         """Sum the gradients over their ranks, and add those that :meth:`set_aside` gave."""
         for ranks, names in self._groups:
-            for name in names:
-                parameter = self._model.get_parameter(name)
-                gradient = parameter.grad
-                own = torch.zeros_like(held(parameter)) if gradient is None else held(gradient)
-                total = ranks.all_reduce(own, label=f"gradient of {name} on several stages")
-                if gradient is None:
-                    parameter.grad = torch.zeros_like(parameter)
-                    gradient = parameter.grad
+            named = {name: self._model.get_parameter(name) for name in names}
+            trained = {id(one) for one in with_gradients_anywhere(named.values(), ranks)}
+            for name, parameter in named.items():
+                before, gradient = kept.get(name), parameter.grad
+                if id(parameter) not in trained or gradient is None:
+                    parameter.grad = before
+                    continue
+                total = ranks.all_reduce(held(gradient), label=f"gradient of {name} on several stages")
                 held(gradient).copy_(total)
-                before = kept.get(name)
                 if before is not None:
                     held(before).add_(held(gradient))
                     parameter.grad = before
@@ -77,21 +76,28 @@ def average_over_replicas(parameters: Iterable[nn.Parameter], ranks: Communicato
 
     What no replica has a gradient of is left without one.
     """
-    wanted = [parameter for parameter in parameters if parameter.requires_grad]
-    if ranks.size == 1 or not wanted:
+    if ranks.size == 1:
         return
-    has = torch.tensor([one.grad is not None for one in wanted], dtype=torch.int32, device=wanted[0].device)
-    anywhere = ranks.all_reduce(has, "max", label="which gradients replicas have").tolist()
-    trained = [one for one, there in zip(wanted, anywhere, strict=True) if there]
-    for bucket in _buckets(trained):
-        for parameter in bucket:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
+    for bucket in _buckets(with_gradients_anywhere(parameters, ranks)):
         gradients = [one.grad for one in bucket if one.grad is not None]
         flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
         total = ranks.all_reduce(flat, label="gradients of replicas").div_(ranks.size)
         for gradient, part in zip(gradients, total.split([one.numel() for one in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))
+
+
+def with_gradients_anywhere(parameters: Iterable[nn.Parameter], ranks: Communicator) -> list[nn.Parameter]:
+    """Those of which any rank has a gradient; where this one has none, as it had no tokens, it gets zeros."""
+    wanted = [parameter for parameter in parameters if parameter.requires_grad]
+    if not wanted:
+        return []
+    has = torch.tensor([one.grad is not None for one in wanted], dtype=torch.int32, device=wanted[0].device)
+    anywhere = ranks.all_reduce(has, "max", label="which gradients ranks have").tolist()
+    trained = [one for one, there in zip(wanted, anywhere, strict=True) if there]
+    for parameter in trained:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    return trained
 
 
 def _buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:

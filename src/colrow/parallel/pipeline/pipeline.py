@@ -26,6 +26,7 @@ from colrow.parallel.pipeline.rehearse import BatchShapes, rehearse, signature
 from colrow.parallel.pipeline.schedules import idle_share, schedule_kind
 from colrow.parallel.pipeline.stage import StageModule, tensor_at
 from colrow.parallel.pipeline.weights import Weigh, divided, equal_weight, shares_of
+from colrow.replicas import digest
 from colrow.trace.tree import Path
 
 
@@ -157,14 +158,15 @@ class Pipeline(nn.Module):
             batch: keywords of the model's forward, the same on all ranks of a replica. Tensors are divided
                 into micro-batches along dimension 0.
             weight: what the loss is multiplied by for the gradients. With replicas,
-                ``colrow.token_weight(mesh, tokens) * tokens``.
+                ``colrow.token_weight(mesh, tokens) * tokens``, which is 0 where no label counts.
 
         Returns:
             The loss of the batch, not weighted: a float64 scalar, on every rank.
 
         Raises:
             ValueError: if the batch cannot be divided into equal micro-batches, or no label counts.
-            PlanError: if the model computes no loss, or calls its layers in another order than its example.
+            PlanError: if the model computes no loss, or calls its layers in another order than its example;
+                if the schedule divides backward passes and all stages before one are frozen.
             RankFailure: if another rank died, raised or did not come in time.
         """
         if not torch.is_grad_enabled():
@@ -176,7 +178,7 @@ class Pipeline(nn.Module):
                 "the example of colrow.pipeline_parallel gave no loss, so there is nothing to train",
                 "Give an example with labels.",
             )
-        shares = shares_of(self._weigh, parts)
+        shares = shares_of(self._weigh, parts, counts=weight != 0)
         kept = self._shared.set_aside()
         if self._replicas is not None:
             self._replicas.begin()
@@ -264,16 +266,37 @@ class Pipeline(nn.Module):
         return PipelineReport(self._names, share, self._waited, self._sent_bytes)
 
     def _shapes_for(self, batch: Mapping[str, Any]) -> BatchShapes:
-        key = signature(batch, self.model.training)
+        key = signature(batch, self.model.training, self._device.type)
+        if torch.is_grad_enabled():
+            key += (self._trained(),)
         if key not in self._shapes:
             self._shapes[key] = rehearse(self.layout, self._stages, self._ranks, batch, self._device)
         return self._shapes[key]
+
+    def _trained(self) -> tuple[int, ...]:
+        """Of each rank something that differs when other parameters are trained: gradients are sent then."""
+        names = [name for name, one in self.model.named_parameters() if one.requires_grad]
+        own = torch.tensor([digest(repr(names))], dtype=torch.int64, device=self._device)
+        return tuple(self._ranks.all_gather(own, 0, label="which parameters of stages are trained").tolist())
+
+    def _check_frozen(self, shapes: BatchShapes) -> None:
+        """torch finds no gradients of weights in a stage that receives nothing with a gradient."""
+        for index, sent in enumerate(shapes.sent[:-1]):
+            if not any(one.requires_grad for one in sent):
+                raise PlanError(
+                    "",
+                    f"{self._schedule} divides backward passes, which leaves stage {index + 1} without "
+                    "gradients where all parameters before it are frozen",
+                    "Use another schedule, such as 1f1b or interleaved_1f1b, or train something before it.",
+                )
 
     def _schedule_for(self, shapes: BatchShapes) -> Any:
         """torch's schedule, with buffers for what is received: those of the last shapes are kept."""
         if self._made is not None and self._made[0] is shapes:
             return self._made[1]
         kind = schedule_kind(self._schedule)
+        if kind.splits:
+            self._check_frozen(shapes)
         stages = []
         for index, module in sorted(self._stages.items()):
             received = shapes.sent[index - 1] if index else ()

@@ -142,11 +142,12 @@ def _untouched(module: StageModule) -> Iterator[None]:
                 buffer.copy_(before)
 
 
-def signature(batch: Mapping[str, Any], model_is_training: bool) -> tuple[Any, ...]:
-    """What shapes between stages depend on."""
+def signature(batch: Mapping[str, Any], model_is_training: bool, device_type: str) -> tuple[Any, ...]:
+    """What shapes and dtypes between stages depend on."""
     items: Sequence[Any] = sorted(batch.items())
     described = tuple(
         (name, tuple(item.shape), item.dtype) if isinstance(item, Tensor) else (name, repr(item))
         for name, item in items
     )
-    return (described, model_is_training, torch.is_grad_enabled())
+    cast = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+    return (described, model_is_training, torch.is_grad_enabled(), cast)

@@ -10,8 +10,8 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from colrow.collectives import Communicator, communicator
-from colrow.parallel.pipeline.gradients import average_over_replicas
+from colrow.collectives import communicator
+from colrow.parallel.pipeline.gradients import average_over_replicas, with_gradients_anywhere
 from colrow.parallel.pipeline.pipeline import Pipeline
 
 
@@ -42,9 +42,7 @@ def replicate_stages(pipeline: Pipeline, replicas: Replicas, kind: str) -> None:
     if kind == "ddp":
         pipeline.set_replicas(_Averaged(model, replicas))
         return
-    pipeline.set_replicas(
-        _Sharded(model, *_shard(model, pipeline.units(), replicas), communicator(replicas.mesh))
-    )
+    pipeline.set_replicas(_Sharded(model, *_shard(model, pipeline.units(), replicas), replicas))
 
 
 class _Averaged:
@@ -82,8 +80,10 @@ class _Sharded:
     gathered many times.
     """
 
-    def __init__(self, model: nn.Module, units: list[Any], experts: list[Any], ranks: Communicator) -> None:
-        self._model, self._units, self._modules, self._ranks = model, units, [*units, *experts], ranks
+    def __init__(self, model: nn.Module, units: list[Any], experts: list[Any], replicas: Replicas) -> None:
+        self._model, self._units, self._experts = model, units, experts
+        self._modules = [*units, *experts]
+        self._all, self._of_experts = communicator(replicas.mesh), communicator(replicas.of_experts)
 
     def begin(self) -> None:
         """Gather the parameters, and leave gradients where they are until the step's end."""
@@ -111,10 +111,15 @@ class _Sharded:
             module.set_is_last_backward(True)
             module.set_reshard_after_backward(True)
             module.set_requires_gradient_sync(True)
+        # FSDP reduces what this rank has gradients of, and would wait for ranks that have others
+        parameters = [one for unit in self._units for one in unit.parameters()]
+        experts = {id(one) for module in self._experts for one in module.parameters()}
+        with_gradients_anywhere((one for one in parameters if id(one) not in experts), self._all)
+        with_gradients_anywhere((one for one in parameters if id(one) in experts), self._of_experts)
         for unit in self._units:
             _reduce(unit)
         average_over_replicas(
-            (one for one in self._model.parameters() if type(one) is nn.Parameter), self._ranks
+            (one for one in self._model.parameters() if type(one) is nn.Parameter), self._all
         )
         sum_shared()
 

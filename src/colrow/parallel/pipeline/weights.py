@@ -139,14 +139,19 @@ def _reaches(source: Value, target: Value) -> bool:
     return False
 
 
-def shares_of(weigh: Weigh, batches: Sequence[Mapping[str, Any]]) -> list[float]:
+def shares_of(weigh: Weigh, batches: Sequence[Mapping[str, Any]], counts: bool = True) -> list[float]:
     """What each micro-batch's loss counts in the mean over the whole batch.
 
+    Args:
+        counts: whether the whole batch counts at all: one of several replicas may have no label that does.
+
     Raises:
-        ValueError: if nothing counts.
+        ValueError: if nothing counts and should.
     """
     terms = [float(weigh(batch)) for batch in batches]
     total = sum(terms)
+    if total == 0 and not counts:
+        return [0.0] * len(terms)
     if not total > 0 or min(terms) < 0:
         raise ValueError(
             f"the micro-batches weigh {terms}: no label of this batch counts, or weigh= is wrong"
