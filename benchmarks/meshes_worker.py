@@ -123,3 +123,4 @@ def run(cases: Sequence[Mapping[str, Any]], output: str) -> None:
             }
             with Path(output).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
+        dist.destroy_process_group()  # the threads of hundreds of groups would slow down what follows
