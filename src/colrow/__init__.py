@@ -16,6 +16,7 @@ from colrow.parallel import (
     token_weight,
     zero_redundancy_optimizer,
 )
+from colrow.parallel.context import SequenceShare, ShardedSequence, context_attention
 from colrow.parallel.experts import expert_loads, reset_expert_loads
 from colrow.parameters import ParameterCount, clip_grad_norm_, count_parameters, global_grad_norm
 from colrow.plan import HandPlan, Plan, derive_plan
@@ -34,11 +35,14 @@ __all__ = [
     "PlanError",
     "PlanWarning",
     "RankFailure",
+    "SequenceShare",
     "ShardedLogits",
+    "ShardedSequence",
     "VerificationError",
     "check_replicas",
     "clip_grad_norm_",
     "comm_stats",
+    "context_attention",
     "count_parameters",
     "cross_entropy",
     "data_parallel",

@@ -36,6 +36,9 @@ from colrow.tracer import outside_of_graphs
 
 Replacement = Callable[..., Any]
 
+_UNNAMED = "<lambda>"
+"""Functions of this name in one file are told apart by their lines."""
+
 _APPLY = "apply"
 """The name by which autograd functions are called."""
 
@@ -187,9 +190,10 @@ class _Mode(TorchFunctionMode):
         super().__init__()
         self.passes: dict[tuple[int, int], int] = defaultdict(int)
         self._names = {call.function for call in changes}
-        self._calls: dict[tuple[str, str, int], dict[int, CallChanges]] = defaultdict(dict)
+        self._calls: dict[tuple[str, str, int, int], dict[int, CallChanges]] = defaultdict(dict)
         for call, change in changes.items():
-            self._calls[call.source, call.code, call.instruction][call.occurrence] = change
+            line = call.line if call.code.endswith(_UNNAMED) else 0
+            self._calls[call.source, call.code, call.instruction, line][call.occurrence] = change
         for passes in self._calls.values():
             every = passes.get(-1)
             for occurrence in passes if every is not None else ():
@@ -241,7 +245,9 @@ class _Mode(TorchFunctionMode):
         if identity not in self._codes:
             # the code is kept, so that no other gets its identity
             self._codes[identity] = (site.code, source_of(site.code.co_filename))
-        key = (self._codes[identity][1], site.code.co_qualname, site.instruction)
+        name = site.code.co_qualname
+        line = site.line if name.endswith(_UNNAMED) else 0
+        key = (self._codes[identity][1], name, site.instruction, line)
         found = self._calls.get(key)
         if found is None:
             return None

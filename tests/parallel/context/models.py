@@ -108,12 +108,14 @@ class Nano(nn.Module):
 
     Args:
         flat: flatten logits and targets by the sizes of the ids.
+        heads: of attention.
+        moves: compare each token's logits with the next token.
     """
 
-    def __init__(self, flat: bool = False, heads: int = 4) -> None:
+    def __init__(self, flat: bool = False, heads: int = 4, moves: bool = False) -> None:
         super().__init__()
         width = 24
-        self.flat = flat
+        self.flat, self.moves = flat, moves
         self.tokens = nn.Embedding(VOCABULARY, width)
         self.positions = nn.Parameter(torch.randn(1, 40, width) / 10)
         self.layers = nn.ModuleList(Layer(width, heads) for _ in range(2))
@@ -129,6 +131,9 @@ class Nano(nn.Module):
         logits = self.head(self.norm(x))
         if targets is None:
             return logits, None
+        if self.moves:
+            here, following = logits[..., :-1, :].contiguous(), targets[..., 1:].contiguous()
+            return logits, F.cross_entropy(here.view(-1, VOCABULARY), following.view(-1))
         if self.flat:
             logits, targets = logits.view(rows * length, -1), targets.view(rows * length)
             return logits, F.cross_entropy(logits, targets, ignore_index=IGNORED)
@@ -148,6 +153,12 @@ def nano_flat() -> nn.Module:
     return Nano(flat=True).double()
 
 
+def nano_moves() -> nn.Module:
+    """Compares logits without the last token with ids without the first; two heads."""
+    torch.manual_seed(0)
+    return Nano(heads=2, moves=True).double()
+
+
 def batch_of(step: int, length: int, replica: int = 0) -> Batch:
     """Ids and labels [2, length]; how many labels count differs between parts of the sequence."""
     generator = torch.Generator().manual_seed(100 * step + replica)
@@ -162,7 +173,8 @@ def named(model: nn.Module, batch: Batch) -> Batch:
     """The batch as the model names its arguments."""
     if not isinstance(model, Nano):
         return batch
-    return {"ids": batch["input_ids"], "targets": batch["labels"].roll(-1, 1)}
+    targets = batch["labels"]
+    return {"ids": batch["input_ids"], "targets": targets if model.moves else targets.roll(-1, 1)}
 
 
 def loss_of(output: Any) -> Tensor:

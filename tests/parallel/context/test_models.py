@@ -18,8 +18,10 @@ from tests.pool import Pool
         (models.llama_ring, {"cp": 2}),
         (models.llama_ulysses, {"cp": 2}),
         (models.gpt2, {"cp": 2}),
-        (models.nano, {"cp": 2}),
-        (models.nano_flat, {"cp": 2}),
+        (models.nano_moves, {"cp": 2}),
+        pytest.param(models.nano, {"cp": 2}, marks=pytest.mark.slow),
+        pytest.param(models.nano_flat, {"cp": 2}, marks=pytest.mark.slow),
+        pytest.param(models.nano_moves, {"cp": 3}, marks=pytest.mark.slow),
         pytest.param(models.llama_ring, {"cp": 3}, marks=pytest.mark.slow),
         pytest.param(models.llama_three, {"cp": 3}, marks=pytest.mark.slow),
         (models.llama_ring, {"cp": 2, "tp": 2}),
@@ -35,3 +37,24 @@ def test_trains_as_one_process(
         size *= one
     for found in ranks(size).run(differences, build, [13, 10], sizes):
         assert max(found.values()) < 1e-9, {name: one for name, one in found.items() if one > 1e-9}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("build", [models.llama_ring, models.llama_ulysses])
+def test_with_sequences_cut_between_regions(
+    ranks: Callable[[int], Pool], build: Callable[[], nn.Module]
+) -> None:
+    """A rank's tokens are cut once more, over tp, where regions end."""
+    for found in ranks(4).run(_with_sequence, build):
+        assert max(found.values()) < 1e-9
+
+
+def _with_sequence(build: Callable[[], nn.Module]) -> dict[str, float]:
+    return differences(build, [13, 10], {"cp": 2, "tp": 2}, sequence=True)
+
+
+@pytest.mark.slow
+def test_trains_with_fsdp(ranks: Callable[[int], Pool]) -> None:
+    """The second loss is that of parameters that were updated by averaged gradients."""
+    for found in ranks(2).run(differences, models.llama_ring, [13, 10], {"cp": 2}, "fsdp"):
+        assert max(found.values()) < 1e-9

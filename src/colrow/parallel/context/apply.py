@@ -65,6 +65,8 @@ def apply_context(model: nn.Module, plan: ContextPlan, ranks: Communicator, meth
     calls = CallTable(model)
     for number in plan.numbers:
         calls.at(number.at.module).at(number.at.call).integers.append((number.path, _whole(running)))
+    for last in plan.last_tokens:
+        calls.at(last.at.module).at(last.at.call).integers.append((last.path, _to_the_end))
     for taken in plan.taken:
         changes = calls.at(taken.at.module).at(taken.at.call)
         places = changes.results if taken.is_result else changes.arguments
@@ -75,6 +77,10 @@ def apply_context(model: nn.Module, plan: ContextPlan, ranks: Communicator, meth
         calls.at(loss.at.module).at(loss.at.call).replacement = LossOverRanks(running, loss)
     calls.attach()
     Door(model, plan, running).attach()
+
+
+def _to_the_end(number: Any) -> None:
+    """Where a slice ends that leaves out no token."""
 
 
 def _whole(running: Running) -> Callable[[Any], Any]:

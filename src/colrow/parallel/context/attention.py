@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Literal, get_args
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -62,6 +63,9 @@ def context_attention(
         return F.scaled_dot_product_attention(
             query, key, value, None, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
+    if torch.is_autocast_enabled(query.device.type):
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (one.to(dtype) for one in (query, key, value))
     shape = (*query.shape[:-1], value.shape[-1])
     query, key, value = (_with_batch(one) for one in (query, key, value))
     if method is None:

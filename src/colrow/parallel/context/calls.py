@@ -14,7 +14,7 @@ from torch import Tensor
 from colrow.collectives import AllReduce
 from colrow.errors import PlanError
 from colrow.parallel.context.attention import context_attention
-from colrow.parallel.context.plan import At, LossCall
+from colrow.parallel.context.plan import At, Extent, LossCall
 from colrow.parallel.context.running import Repeated, Running
 
 
@@ -106,8 +106,9 @@ class LossOverRanks:
                 "Give an example of each way in which the model is called.",
             )
         running.counts[1] += 1
-        if self._loss.target is not None:
-            target = running.take(target, self._loss.target)
+        where = self._loss.target
+        if where is not None:
+            target = running.take(_filled(target, where, running.share.length, given["ignore_index"]), where)
         label = f"loss of {self._loss.at.module or 'the model'}"
         given["target"], given["reduction"] = target, "sum"
         own = self._function(*bound.args, **bound.kwargs)
@@ -122,3 +123,20 @@ class LossOverRanks:
         )
         counted = running.ranks.all_reduce(counted, label=f"{label} tokens")
         return total / counted.to(total.dtype)
+
+
+def _filled(target: Tensor, where: Extent, length: int, ignored: int) -> Tensor:
+    """Targets with one for each token of a sequence of ``length``; those that are missing are ignored."""
+    if not where.missing:
+        return target
+    there = length - where.missing
+    dimension = where.dimension
+    if target.shape[dimension] % max(1, there * where.inner):
+        raise ValueError(
+            f"targets of shape {list(target.shape)} have not {there} tokens in dimension {dimension}: call "
+            "the model as in the examples that it was parallelized with"
+        )
+    rows = target.unflatten(dimension, (-1, there, where.inner))
+    shape = list(rows.shape)
+    shape[dimension + 1] = where.missing
+    return torch.cat([rows, rows.new_full(shape, ignored)], dimension + 1).flatten(dimension, dimension + 2)

@@ -15,6 +15,7 @@ from colrow.sources import short_path
 from colrow.trace.integers import COMPARISON, Attribute, Expression, Size, evaluate, origins
 from colrow.trace.records import Escape, Trace
 
+_OPERATORS = ("aten.",)
 _LENGTHS = (64, 1000, 4096)
 """A comparison that comes out otherwise on half the tokens at all of these is refused at once."""
 
@@ -32,11 +33,15 @@ def find_guards(trace: Trace, sequences: Sequence[TokenAxis], local: Mapping[int
     """
     found: dict[tuple[object, ...], Guard] = {}  # copies of a layer compare alike
     for escape in trace.escapes:
-        here = [one for one in origins(escape.expression) if isinstance(one, Size)]
-        if not any(local.get(one.value_index) == one.dimension for one in here):
+        if not any(isinstance(one, Size) for one in origins(escape.expression)):
             continue
-        run = _run_of(trace, escape)
-        sizes = sizes_in(escape.expression, trace, sequences[run], local)
+        sizes = sizes_in(escape.expression, trace, sequences[_run_of(trace, escape)], local)
+        if not any(one.is_local for one in sizes.values()):
+            continue
+        if escape.use.startswith(_OPERATORS) and not any(
+            local.get(one.value_index) == one.dimension for one in sizes
+        ):
+            continue  # of arguments that are the same for each token: calls that get it are looked at
         place = f"{short_path(escape.site.file)}:{escape.site.line} in {escape.site.code.co_name}"
         module = "" if escape.module is None else escape.module.path
         if escape.use != COMPARISON:
@@ -68,8 +73,9 @@ def sizes_in(
         if not isinstance(origin, Size):
             continue
         value = trace.values[origin.value_index]
-        if origin.dimension in axis.dimensions(value):
-            is_local = local.get(origin.value_index) == origin.dimension
+        is_alike = origin.dimension in axis.alike_dimensions(value)
+        if is_alike or origin.dimension in axis.dimensions(value):
+            is_local = is_alike or local.get(origin.value_index) == origin.dimension
             factor = max(1, origin.value // axis.length)
             found[origin] = Tokens(is_local, factor, origin.value - factor * axis.length)
     return found

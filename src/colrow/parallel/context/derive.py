@@ -9,6 +9,7 @@ from torch import nn
 
 from colrow.axes import Registry
 from colrow.errors import PlanError
+from colrow.parallel.context.lengths import check_lengths
 from colrow.parallel.context.names import positional_names
 from colrow.parallel.context.plan import ContextPlan
 from colrow.parallel.context.walk import plan_context
@@ -32,7 +33,9 @@ def derive_context(
         TraceError: if the model cannot be recorded.
         PlanError: if it mixes tokens, naming the module and the line.
     """
-    plan = plan_context(model, record(model, examples), registry)
+    trace = record(model, examples)
+    plan = plan_context(model, trace, registry)
+    check_lengths(model, examples, trace, plan.lengths)
     others = {
         f"{mode} without targets": other
         for mode, example in examples.items()

@@ -154,6 +154,20 @@ class Door(OwnForward):
             if other not in (length, 1):
                 raise ValueError(f"{'.'.join(map(str, path))} has {other} tokens, others have {length}")
         self._check_same(length, tensors)
+        for path, number in plan.constants.items():
+            if path in tensors and bool((tensors[path] != number).any()):
+                raise ValueError(
+                    f"{'.'.join(map(str, path))} is not {number} everywhere, as in the examples; sequences "
+                    "are cut over ranks (cp): leave padding out, or mark its labels as ignored without a mask"
+                )
+        for path in plan.counting & tensors.keys():
+            # a program may look for where they begin anew, and finds none among a rank's tokens
+            if bool((tensors[path].diff(dim=plan.inputs[path]) != 1).any()):
+                raise ValueError(
+                    f"{'.'.join(map(str, path))} does not count on from token to token, as in the examples; "
+                    "sequences are cut over ranks (cp), and what the model does with several in one is not "
+                    "known: give colrow.parallelize an example of that"
+                )
         share = SequenceShare(length, ranks.size, self._running.order)
         if length not in self._checked:
             self._check_course(length, share)

@@ -15,10 +15,12 @@ class Extent:
     Attributes:
         dimension: which is rows x tokens x ``inner``.
         inner: how many numbers of each token lie together in it; 1 but for what was flattened.
+        missing: how many of the last tokens are left out, as of what is compared with the next token.
     """
 
     dimension: int
     inner: int = 1
+    missing: int = 0
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,14 @@ class Taken:
 @dataclass(frozen=True)
 class WholeNumber:
     """A number among the arguments of a call that is computed from a rank's tokens and must count all."""
+
+    at: At
+    path: Path
+
+
+@dataclass(frozen=True)
+class LastToken:
+    """A number by which a call leaves out the last token: a rank leaves out none, and the loss ignores it."""
 
     at: At
     path: Path
@@ -138,8 +148,13 @@ class ContextPlan:
     Attributes:
         inputs: tensors among the arguments of the model that are cut, with the dimension of the tokens.
         whole_inputs: the others.
+        lengths: the dimensions that are the sequence, of all arguments that have some.
+        constants: those of the inputs that are not used for each token, such as a mask that only says that
+            there is no padding: all their elements are this, in every call.
+        counting: those of the inputs whose numbers count on by one from token to token, as positions do.
         taken: where ranks take their tokens of what is whole.
         numbers: which numbers must count all tokens.
+        last_tokens: where the last token is left out.
         attentions: the calls of attention.
         losses: the calls of losses.
         outputs: tensors in the result that are cut, by how many attentions and losses there are in a call;
@@ -154,8 +169,12 @@ class ContextPlan:
 
     inputs: dict[Path, int] = field(default_factory=dict)
     whole_inputs: set[Path] = field(default_factory=set)
+    lengths: dict[Path, tuple[int, ...]] = field(default_factory=dict)
+    constants: dict[Path, int] = field(default_factory=dict)
+    counting: set[Path] = field(default_factory=set)
     taken: set[Taken] = field(default_factory=set)
     numbers: set[WholeNumber] = field(default_factory=set)
+    last_tokens: set[LastToken] = field(default_factory=set)
     attentions: set[At] = field(default_factory=set)
     losses: set[LossCall] = field(default_factory=set)
     outputs: dict[tuple[int, int], dict[Path, Extent]] = field(default_factory=dict)

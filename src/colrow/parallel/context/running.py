@@ -31,6 +31,10 @@ class Running:
         self.ranks, self.method, self.order = ranks, method, order
         self.counts = [0, 0]
         self._share: SequenceShare | None = None
+        self._places: tuple[SequenceShare, Tensor] | None = None
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Running:
+        return self  # what runs is known in the copy of a model too
 
     @property
     def share(self) -> SequenceShare:
@@ -70,11 +74,17 @@ class Running:
                 f"a tensor of shape {list(whole.shape)} has not {share.length} tokens in dimension "
                 f"{dimension}: call the model as in the examples that it was parallelized with"
             )
-        places = share.places(self.ranks.rank).to(whole.device)
+        places = self._places_of(share, whole.device)
         if whole.shape[dimension] == step == share.length:
             return whole.index_select(dimension, places)
         rows = whole.unflatten(dimension, (-1, share.length, extent.inner))
         return rows.index_select(dimension + 1, places).flatten(dimension, dimension + 2)
+
+    def _places_of(self, share: SequenceShare, device: torch.device) -> Tensor:
+        """This rank's tokens; the last are kept, as every layer may ask."""
+        if self._places is None or self._places[0] != share or self._places[1].device != device:
+            self._places = share, share.places(self.ranks.rank).to(device)
+        return self._places[1]
 
     def join(self, part: Tensor, extent: Extent, label: str) -> Tensor:
         """All tokens, of which every rank gives its own.

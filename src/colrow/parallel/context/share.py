@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import accumulate
 from typing import Literal
 
@@ -51,39 +50,24 @@ class SequenceShare:
         return tuple(sum(stop - start for start, stop in self.pieces(rank)) for rank in range(self.ranks))
 
     def places(self, rank: int) -> Tensor:
-        """The positions of the tokens of ``rank`` in the sequence: [tokens], int64, ascending; not to be
-        written into."""
-        return _places(self, rank)
-
-    def from_parts(self) -> Tensor | None:
-        """Where each token of the sequence stands when the parts of all ranks are joined: [length], int64.
-
-        ``None`` if joined parts are the sequence. Not to be written into.
-        """
-        return None if self.order == "contiguous" or self.ranks == 1 else _from_parts(self)
+        """The positions of the tokens of ``rank`` in the sequence: [tokens], int64, ascending."""
+        return torch.cat([torch.arange(start, stop) for start, stop in self.pieces(rank)])
 
     def to_parts(self) -> Tensor | None:
         """The positions in the sequence of all ranks' tokens, one rank after the other: [length], int64.
 
-        ``None`` if that is the order of the sequence. Not to be written into.
+        ``None`` if that is the order of the sequence.
         """
-        return None if self.order == "contiguous" or self.ranks == 1 else _to_parts(self)
+        if self.order == "contiguous" or self.ranks == 1:
+            return None
+        return torch.cat([self.places(rank) for rank in range(self.ranks)])
 
+    def from_parts(self) -> Tensor | None:
+        """Where each token of the sequence stands when the parts of all ranks are joined: [length], int64.
 
-_REMEMBERED = 64  # lengths and ranks; a job uses few
-
-
-@lru_cache(maxsize=_REMEMBERED)
-def _places(share: SequenceShare, rank: int) -> Tensor:
-    return torch.cat([torch.arange(start, stop) for start, stop in share.pieces(rank)])
-
-
-@lru_cache(maxsize=_REMEMBERED)
-def _to_parts(share: SequenceShare) -> Tensor:
-    return torch.cat([_places(share, rank) for rank in range(share.ranks)])
-
-
-@lru_cache(maxsize=_REMEMBERED)
-def _from_parts(share: SequenceShare) -> Tensor:
-    order = _to_parts(share)
-    return torch.empty_like(order).index_copy_(0, order, torch.arange(len(order)))
+        ``None`` if joined parts are the sequence.
+        """
+        order = self.to_parts()
+        if order is None:
+            return None
+        return torch.empty_like(order).index_copy_(0, order, torch.arange(len(order)))

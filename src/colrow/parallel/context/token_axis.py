@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 
@@ -28,10 +28,12 @@ class TokenAxis:
     Attributes:
         axes: of the trace.
         parts: the atoms of which it is made, one after the other.
+        alike: the indices of other atoms that are as long.
     """
 
     axes: Axes
     parts: Parts
+    alike: set[int] = field(default_factory=set)
 
     @cached_property
     def atoms(self) -> frozenset[int]:
@@ -55,19 +57,39 @@ class TokenAxis:
             if factor.size > 1 and self._runs_through(factor)
         ]
 
+    def alike_dimensions(self, value: Value) -> list[int]:
+        """The dimensions that are as long without being the sequence."""
+        if not self.alike:
+            return []
+        return [
+            dimension
+            for dimension, factor in enumerate(self.axes.dimensions(value))
+            if factor.size > 1 and any(atom.index in self.alike for atom in self.axes.atoms_of(factor))
+        ]
+
     def extent(self, value: Value) -> Extent | None:
-        """Where the tokens lie, if all of them do, once and nothing but them."""
+        """Where the tokens lie, if all of them do, or all but the last, once and nothing but them."""
         dimensions = self.dimensions(value)
         if len(dimensions) != 1:
             return None
         factor = self.axes.dimensions(value)[dimensions[0]]
-        if parts_of(self.axes, factor) == self.parts:
-            return Extent(dimensions[0])
+        missing = self._missing(factor)
+        if missing is not None:
+            return Extent(dimensions[0], 1, missing)
         factors = [find(part) for part in self.axes.factors.parts(factor, "product")]
         places = [place for place, part in enumerate(factors) if self._runs_through(part)]
-        if len(places) != 1 or parts_of(self.axes, factors[places[0]]) != self.parts:
+        missing = self._missing(factors[places[0]]) if len(places) == 1 else None
+        if missing is None:
             return None
-        return Extent(dimensions[0], prod(part.size for part in factors[places[0] + 1 :]))
+        return Extent(dimensions[0], prod(part.size for part in factors[places[0] + 1 :]), missing)
+
+    def _missing(self, factor: Factor) -> int | None:
+        """How many of the last tokens a factor lacks; ``None`` if it is not the sequence."""
+        parts = parts_of(self.axes, factor)
+        if parts == self.parts:
+            return 0
+        without_last = len(self.parts) > 1 and self.parts[-1].size == 1 and parts == self.parts[:-1]
+        return 1 if without_last else None
 
     def mixed_by(self, operation: Operation) -> str | None:
         """Why an operator cannot work on parts of the sequence; ``None`` if its rule lets it."""
