@@ -39,7 +39,9 @@ def run(model: str, mesh: Mapping[str, int], data: str, steps: int) -> dict[str,
         cut = colrow.data_parallel(cut, ranks, "fsdp" if data == "fsdp" else "ddp")
     optimizer: torch.optim.Optimizer
     if data == "zero1":
-        optimizer = colrow.zero_redundancy_optimizer(cut.parameters(), torch.optim.AdamW, ranks, lr=1e-3)
+        optimizer = colrow.zero_redundancy_optimizer(
+            cut.parameters(), torch.optim.AdamW, ranks, model=cut, lr=1e-3
+        )
     else:
         optimizer = torch.optim.AdamW(cut.parameters(), lr=1e-3)
     part, parts = data_part(ranks)

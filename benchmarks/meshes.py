@@ -58,9 +58,7 @@ def cases(models: Sequence[str], ranks: int) -> Iterator[dict[str, Any]]:
             if mesh.get("ep", 1) > EXPERTS:
                 continue
             has_replicas = mesh["dp"] * mesh.get("ep", 1) * mesh.get("cp", 1) > 1
-            # one ZeRO optimizer does not divide the state of experts, which differ along ep
-            ways = [one for one in DATA if mesh.get("ep", 1) == 1 or one != "zero1"]
-            for data in ways if has_replicas else DATA[:1]:
+            for data in DATA if has_replicas else DATA[:1]:
                 takes_several = mesh["pp"] == 2 and model != "t5"
                 schedule = next(several if takes_several else single) if mesh["pp"] > 1 else ""
                 yield {"model": model, "mesh": mesh, "data": data, "schedule": schedule}

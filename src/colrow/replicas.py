@@ -15,7 +15,8 @@ from colrow.errors import PlanError
 from colrow.state import PipelineShare, PlacedParameter, placed_parameters, state_of
 
 _CHUNK = 1 << 17
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}
+"""By bytes of an element; a complex number of 16 is two."""
 
 
 def fingerprint(tensor: Tensor) -> Tensor:
@@ -24,7 +25,7 @@ def fingerprint(tensor: Tensor) -> Tensor:
     Integers that wrap around: the same whatever the order of summation, the number of threads or the
     device. The second weighs each element by its position, so that permuted elements show.
     """
-    bits = tensor.detach().contiguous().view(-1).view(_INTEGERS[tensor.element_size()])
+    bits = tensor.detach().resolve_conj().contiguous().view(-1).view(_INTEGERS[tensor.element_size()])
     sums = torch.zeros(2, dtype=torch.int64, device=tensor.device)
     for begin in range(0, bits.numel(), _CHUNK):
         part = bits[begin : begin + _CHUNK].long()

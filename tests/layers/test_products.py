@@ -14,7 +14,7 @@ from torch._dynamo.backends.common import aot_autograd
 from transformers.pytorch_utils import Conv1D
 
 import colrow
-from colrow.collectives import communicator
+from colrow.collectives import Communicator, communicator
 from colrow.layers import SharedEntry, column_parallel, linear, linear_functions, products, row_parallel
 from colrow.layers.linear import ColumnParallel, RowParallel
 from colrow.layers.products import Products, agreed_products, choose_products
@@ -226,3 +226,28 @@ def test_layers_whose_collectives_are_elsewhere_multiply_alike(ranks: Callable[[
     for error, classes in ranks(2).run(_model, "gpt-neox:labels"):
         assert error < 1e-4
         assert classes == {"LocalLinear", "ColumnParallelLinear"}
+
+
+def _on_meta() -> tuple[int, set[Products]]:
+    """How often ranks agree while a model without weights is cut, and what its layers then have."""
+    mesh = worker_mesh(2)
+    agreed, asked = linear.agreed_products, []
+
+    def counted(ranks: Communicator) -> Products:
+        asked.append(ranks)
+        return Products(1)
+
+    linear.agreed_products = counted
+    try:
+        with torch.device("meta"):
+            model = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 6))
+        colrow.parallelize(model, mesh, {"input": torch.zeros(2, 6, device="meta")})
+        return len(asked), {module.products for module in model.modules() if hasattr(module, "products")}
+    finally:
+        linear.agreed_products = agreed
+
+
+def test_weights_that_are_read_later(ranks: Callable[[int], Pool]) -> None:
+    for asked, found in ranks(2).run(_on_meta):
+        assert asked == 1  # and not in the dry run, whose ranks are not there
+        assert found == {Products(1)}

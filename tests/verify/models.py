@@ -165,3 +165,17 @@ class Shares(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         shares = torch.softmax(self.down(torch.tanh(self.up(x))), -1)
         return (0.1 * shares).sum(-1) + 3.0
+
+
+class Filtered(nn.Module):
+    """Complex weights, which mix the features of real ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into = nn.Linear(12, 10)
+        self.filter = nn.Parameter(torch.randn(10, dtype=torch.complex64))
+        self.mix = nn.Parameter(torch.randn(10, 7, dtype=torch.complex64) / 4)
+        self.bias = nn.Parameter(torch.zeros(7, dtype=torch.complex64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.view_as_real((self.into(x) * self.filter) @ self.mix + self.bias)

@@ -48,6 +48,28 @@ def test_single_precision_keeps_double() -> None:
     assert bits.tolist() == [1065353216] * 2
 
 
+class _Complex(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.filter = nn.Parameter(torch.complex(torch.ones(3), torch.ones(3)))
+        self.bias = nn.Parameter(torch.zeros(3, dtype=torch.complex64))
+        self.turn = torch.polar(torch.ones(3), torch.arange(3.0))  # no buffer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.view_as_real((x.cfloat() * self.filter + self.bias) * self.turn.to(torch.complex64))
+
+
+def test_complex_numbers_stay_complex() -> None:
+    model = cast(_Complex(), torch.float64)
+    assert {one.dtype for one in (model.filter, model.bias, model.turn)} == {torch.complex128}
+    assert (model.filter.imag == 1).all()
+    with one_precision():
+        assert model(torch.ones(3)).dtype == torch.float64
+    spread(model, 3)
+    assert model.bias.real.all(), "a bias of zeros, added twice, does not show"
+    assert model.bias.imag.all()
+
+
 class _Chance(nn.Module):
     """Drops elements in every way that models use."""
 

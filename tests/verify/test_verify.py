@@ -253,3 +253,13 @@ def _verify_shares(size: int) -> Report:
 def test_gradients_that_are_zero_but_for_rounding(ranks: Callable[[int], Pool]) -> None:
     for report in ranks(2).run(_verify_shares, 2):
         assert report.passed, str(report)
+
+
+def _complex(size: int) -> Report:
+    return verify_on_ranks(models.Filtered, {"x": torch.randn(2, 3, 12)}, worker_mesh(size), steps=2)
+
+
+def test_complex_weights(ranks: Callable[[int], Pool]) -> None:
+    for report in ranks(3).run(_complex, 3):
+        assert report.passed, str(report)
+        assert report.share_cut > 0.6

@@ -45,7 +45,6 @@ class DryRanks(Communicator):
         self.global_ranks = tuple(range(size))
         self.statistics = CommStats()
         self.sequence = 0
-        self._is_gloo = True
         self._subgroups = {}
 
     def _begin(

@@ -115,10 +115,11 @@ class Registry:
     def linear(self, operation: Operation) -> tuple[LinearGroup, ...]:
         """The groups of arguments in which ``operation`` is linear: see :attr:`Rule.linear`.
 
-        None of them if a result is not of floating point: a conversion to integers, a comparison.
+        None of them if a result is of integers: a conversion to integers, a comparison.
         """
         found = self.find(operation.function)
-        if found is None or not all(value.dtype.is_floating_point for value in operation.outputs[:1]):
+        dtypes = [value.dtype for value in operation.outputs[:1]]
+        if found is None or not all(dtype.is_floating_point or dtype.is_complex for dtype in dtypes):
             return ()
         names = {argument.name for argument in operation.function._schema.arguments}
         groups = (tuple(name for name in group if name in names) for group in found.linear)

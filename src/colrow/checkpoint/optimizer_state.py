@@ -13,6 +13,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from colrow.collectives import Communicator, communicator
 from colrow.collectives.texts import all_gather_texts
+from colrow.optimizer_parts import OptimizerOfParts
 
 _LABEL = "optimizer state of replicas"
 
@@ -44,25 +45,55 @@ class OptimizerState:
     """An optimizer's state by parameter, whichever replica has it.
 
     Args:
-        optimizer: any; of a ``ZeroRedundancyOptimizer`` each replica has the state of some parameters.
+        optimizer: any; of a ``ZeroRedundancyOptimizer`` each replica has the state of some parameters, and an
+            :class:`OptimizerOfParts` may have some parameters in one of those and others in another.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self._zero: Any = optimizer if isinstance(optimizer, ZeroRedundancyOptimizer) else None
-        self._own: dict[Tensor, Any] = (self._zero.optim if self._zero else optimizer).state
+        parts = optimizer.parts if isinstance(optimizer, OptimizerOfParts) else [optimizer]
+        self._parts = [_Part(one) for one in parts]
+        self._by_parameter = {parameter: part for part in self._parts for parameter in part.parameters}
 
     def source(self, parameter: nn.Parameter) -> Source | None:
         """Who has the state of a parameter; ``None``: every replica."""
-        rank = self._zero._param_to_rank.get(parameter) if self._zero else None
-        if rank is None:
-            return None
-        return Source(communicator(self._zero.process_group), rank, parameter.device)
+        part = self._by_parameter.get(parameter)
+        return part.source(parameter) if part else None
 
     def of(self, parameters: Sequence[nn.Parameter]) -> list[Mapping[str, Any]]:
         """The state of each parameter by its keys. All replicas call this together.
 
         What another replica has is a tensor on meta here; single numbers, such as counts of steps, are real.
         """
+        found: dict[nn.Parameter, Mapping[str, Any]] = {}
+        for part in self._parts:
+            own = [one for one in parameters if self._by_parameter.get(one) is part]
+            found.update(zip(own, part.of(own), strict=True))
+        return [found.get(one, {}) for one in parameters]
+
+    def put(self, parameter: nn.Parameter, values: dict[str, Tensor]) -> None:
+        """Replace the state of a parameter, if this replica is to have it."""
+        part = self._by_parameter.get(parameter)
+        if part is not None:
+            part.put(parameter, values)
+
+
+class _Part:
+    """An optimizer that is one, of which replicas may have parts."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._zero: Any = optimizer if isinstance(optimizer, ZeroRedundancyOptimizer) else None
+        self._own: dict[Tensor, Any] = (self._zero.optim if self._zero else optimizer).state
+        self.parameters: list[Tensor] = [
+            parameter for group in optimizer.param_groups for parameter in group["params"]
+        ]
+
+    def source(self, parameter: nn.Parameter) -> Source | None:
+        if self._zero is None:
+            return None
+        rank = self._zero._param_to_rank[parameter]
+        return Source(communicator(self._zero.process_group), rank, parameter.device)
+
+    def of(self, parameters: Sequence[nn.Parameter]) -> list[Mapping[str, Any]]:
         own = [dict(self._own.get(parameter, {})) for parameter in parameters]
         if self._zero is None:
             return list(own)
@@ -80,7 +111,6 @@ class OptimizerState:
         return state
 
     def put(self, parameter: nn.Parameter, values: dict[str, Tensor]) -> None:
-        """Replace the state of a parameter, if this replica is to have it."""
         self._own.pop(parameter, None)
         source = self.source(parameter)
         if values and (source is None or source.ranks.rank == source.rank):

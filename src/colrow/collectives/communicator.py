@@ -125,7 +125,7 @@ class Communicator(RankGroup):
             return Pending.completed(tensor.clone())
         dimension = check_dimension(dimension, tensor)
         sizes = scattered_sizes(tensor, dimension, sizes, self.size)
-        by_gloo = self._is_gloo and tensor.is_cpu
+        by_gloo = self.serves_cpus and tensor.is_cpu
         by_torch = through_torch.reduce_scatter_by_gloo if by_gloo else through_torch.reduce_scatter
         return self._start(
             "reduce_scatter",
@@ -319,7 +319,7 @@ class Communicator(RankGroup):
     def barrier(self, *, label: str = "barrier") -> None:
         """Return once every rank of the group has called this."""
         if self.size > 1:
-            token = torch.zeros(1, device="cpu" if self._is_gloo else "cuda")
+            token = torch.zeros(1, device="cpu" if self.serves_cpus else "cuda")
             self.start_all_reduce(token, label=label).wait()
 
     def subgroup(self, ranks: Sequence[int]) -> Communicator:
@@ -341,7 +341,7 @@ class Communicator(RankGroup):
             return self
         if members not in self._subgroups:
             members = check_members(members, self.rank, self.size)
-            device = "cpu" if self._is_gloo else "cuda"
+            device = "cpu" if self.serves_cpus else "cuda"
             group = make_subgroup(self.group, device, [self.global_ranks[rank] for rank in members])
             self._subgroups[members] = communicator(group)
         return self._subgroups[members]

@@ -42,6 +42,7 @@ class RankGroup:
             different ways.
         overlaps: collectives on the CPU wait for a network, so that a rank should compute meanwhile: gloo is
             used alone, between hosts, and is slow. Known after the first collective; equal on all ranks.
+        serves_cpus: the group's backend is one for tensors on CPUs, so that what is on meta now will be there.
     """
 
     # as of a group that is not there: what plays one has no process group
@@ -49,6 +50,7 @@ class RankGroup:
     _sums_in_half = True
     _shared: Memory | None = None
     overlaps = False
+    serves_cpus = False
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
@@ -59,9 +61,9 @@ class RankGroup:
         self.statistics = CommStats()
         self.sequence = 0
         backend = dist.get_backend(group)
-        self._is_gloo = backend in ("gloo", "shm")
+        self.serves_cpus = backend in ("gloo", "shm")
         self._sums_in_half = backend == "gloo"
-        self._may_share = self._is_gloo and self.size > 1
+        self._may_share = self.serves_cpus and self.size > 1
         self._known = lru_cache(maxsize=_KNOWN_CALLS)(self._know)
         register_member()
 

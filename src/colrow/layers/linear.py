@@ -386,7 +386,9 @@ def multiply_faster(model: nn.Module, ranks: Communicator, cut: Collection[nn.Mo
     layers = [module for module in model.modules() if isinstance(module, ColumnParallel | RowParallel)]
     plain = [module for module in cut if is_linear(module)]
     weights = [module._parameters["weight"] for module in [*layers, *plain]]
-    if any(one is not None and one.dtype == torch.float32 and one.device.type == "cpu" for one in weights):
+    # weights on meta are read, or made, after the model is cut
+    kinds = ("cpu", "meta") if ranks.serves_cpus else ("cpu",)
+    if any(one is not None and one.dtype == torch.float32 and one.device.type in kinds for one in weights):
         products = agreed_products(ranks)
         for layer in layers:
             layer.products = products

@@ -122,20 +122,22 @@ class Solver:
         return value.shape[dimension] if kept is None or not is_part else len(kept)
 
     def _candidates(self, call: FunctionCall, rank: int, number: int) -> list[int]:
-        """What an integer might have to be: itself, or as much of a cut dimension as remains of it."""
-        found = [number]
-        size = abs(number)
+        """What an integer might have to be: itself, or as much of a cut dimension as remains of it.
+
+        Sizes first; then shares, as of the number of groups into which a dimension is divided.
+        """
+        sizes, shares = [number], []
+        size, sign = abs(number), 1 if number > 0 else -1
         for value in values_of((call.arguments, call.keywords, call.outputs)):
             for dimension, extent in enumerate(value.shape):
                 if not 1 < size <= extent:
                     continue
                 kept = self._trials.indices(value, dimension, rank)
                 if kept is not None:
-                    count = int((kept < size).sum())
-                    candidate = count if number > 0 else -count
-                    if candidate not in found:
-                        found.append(candidate)
-        return found[:_CANDIDATES]
+                    sizes.append(sign * int((kept < size).sum()))
+                    share, rest = divmod(size * len(kept), extent)
+                    shares += [] if rest else [sign * share]
+        return list(dict.fromkeys(sizes + shares))[:_CANDIDATES]
 
 
 def _combinations(choices: list[list[int]]) -> list[tuple[int, ...]]:

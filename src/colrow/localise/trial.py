@@ -25,6 +25,9 @@ from colrow.trace.tree import Path
 #: Calls on more elements than this are tried by their shapes only.
 LARGEST = 1 << 23
 
+#: Integers of which nothing is known are tried as zeros, and as random ones below this.
+INTEGERS = 3
+
 Numbers = Mapping[Path, "int | tuple[int, ...]"]
 """Integers of a call that are changed, by their path."""
 
@@ -142,20 +145,53 @@ class Trials:
         given = values_of((call.arguments, call.keywords))
         results = values_of(call.outputs)
         by_shape = self._by_shape(call, [*given, *results])
-        data = {value.index: self._data(value, by_shape) for value in given}
         try:
-            with torch.no_grad():
-                whole = self._run(call, data, None, {})
-                local = self._run(call, data, rank, numbers)
+            found = self._results(call, rank, numbers, by_shape, 1)
         except Exception:
             # whatever a function does with wrong numbers, it does not work
             return False
+        if not self._are_parts(call, found, rank, by_shape):
+            return False
+        if by_shape or not self._are_integers(call):
+            return True
+        try:
+            found = self._results(call, rank, numbers, by_shape, INTEGERS)
+        except Exception:
+            return True  # these integers mean something to it, which says nothing about the numbers
+        changed_shape = any(one.shape != value.shape for one, value in zip(found[0], results, strict=False))
+        return changed_shape or self._are_parts(call, found, rank, by_shape)
+
+    def _results(
+        self, call: FunctionCall, rank: int, numbers: Numbers, by_shape: bool, integers: int
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """What the call gives on whole values, and on the parts of ``rank``."""
+        given = values_of((call.arguments, call.keywords))
+        data = {value.index: self._data(value, by_shape, integers) for value in given}
+        with torch.no_grad():
+            return self._run(call, data, None, {}), self._run(call, data, rank, numbers)
+
+    def _are_parts(
+        self, call: FunctionCall, found: tuple[list[Tensor], list[Tensor]], rank: int, by_shape: bool
+    ) -> bool:
+        whole, local = found
+        results = values_of(call.outputs)
         if len(whole) != len(results) or len(local) != len(results):
             return False
         return all(
             self._same(call, value, one, other, rank, by_shape)
             for value, one, other in zip(results, whole, local, strict=True)
         )
+
+    @staticmethod
+    def _are_integers(call: FunctionCall) -> bool:
+        """Whether integers of which nothing is known go in, and integers alone come out.
+
+        What makes other numbers of them takes them for indices or counts, for which few integers are right.
+        """
+        return any(
+            value.content is None and _is_integer(value)
+            for value in values_of((call.arguments, call.keywords))
+        ) and all(_is_integer(value) or value.dtype == torch.bool for value in values_of(call.outputs))
 
     def _by_shape(self, call: FunctionCall, values: list[Value]) -> bool:
         """Whether only shapes can be compared: what is random, empty or too large."""
@@ -168,17 +204,19 @@ class Trials:
                 return True
         return False
 
-    def _data(self, value: Value, by_shape: bool) -> Tensor:
+    def _data(self, value: Value, by_shape: bool, integers: int) -> Tensor:
+        """Random numbers in place of a value; of integers these are below ``integers``."""
         if by_shape:
             return torch.empty(value.shape, dtype=value.dtype, device="meta")
         if value.content is not None and not value.dtype.is_floating_point:
             return value.content.clone()
         generator = torch.Generator().manual_seed(value.index)
-        if value.dtype.is_floating_point:
-            return torch.rand(value.shape, generator=generator, dtype=torch.float64) + 0.1
+        if value.dtype.is_floating_point or value.dtype.is_complex:
+            dtype = torch.complex128 if value.dtype.is_complex else torch.float64
+            return torch.rand(value.shape, generator=generator, dtype=dtype) + 0.1
         if value.dtype == torch.bool:
             return torch.rand(value.shape, generator=generator) > 0.5
-        return torch.zeros(value.shape, dtype=value.dtype)
+        return torch.randint(integers, value.shape, generator=generator).to(value.dtype)
 
     def _run(
         self, call: FunctionCall, data: dict[int, Tensor], rank: int | None, numbers: Numbers
@@ -195,8 +233,8 @@ class Trials:
                 return numbers.get(path, int(item))
             if isinstance(item, torch.device):
                 return device
-            if isinstance(item, torch.dtype) and item.is_floating_point:
-                return torch.float64
+            if isinstance(item, torch.dtype) and (item.is_floating_point or item.is_complex):
+                return torch.complex128 if item.is_complex else torch.float64
             return item
 
         arguments, keywords = changed(call, build)
@@ -224,6 +262,10 @@ class Trials:
         if not expected.is_floating_point() and not expected.is_complex():
             return torch.equal(expected, local)
         return torch.allclose(expected, local, rtol=1e-9, atol=1e-12, equal_nan=True)
+
+
+def _is_integer(value: Value) -> bool:
+    return not (value.dtype.is_floating_point or value.dtype.is_complex or value.dtype == torch.bool)
 
 
 def _tensors(item: Any) -> list[Tensor]:

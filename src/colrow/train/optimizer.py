@@ -47,5 +47,5 @@ def build_optimizer(
         "fused": True,
     }
     if mesh is not None:
-        return colrow.zero_redundancy_optimizer(groups, torch.optim.AdamW, mesh, **options)
+        return colrow.zero_redundancy_optimizer(groups, torch.optim.AdamW, mesh, model=model, **options)
     return torch.optim.AdamW(groups, **options)

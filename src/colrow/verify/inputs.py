@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from colrow.trace import Example
 from colrow.trace.tree import map_tensors, tensors_by_path
+from colrow.verify.precision import is_number, precise
 
 Examples: TypeAlias = "Mapping[str, Any] | Example | Mapping[str, Example]"
 """Keywords of a model's forward, or an example, or examples by mode."""
@@ -42,8 +43,8 @@ def prepared(example: Example, dtype: torch.dtype, *, differentiable: bool) -> E
     def change(tensor: Tensor) -> Tensor:
         if id(tensor) not in copies:
             copied = tensor.detach().clone()
-            if copied.is_floating_point():
-                copied = copied.to(dtype).requires_grad_(differentiable)
+            if is_number(copied):
+                copied = copied.to(precise(copied.dtype, dtype)).requires_grad_(differentiable)
             copies[id(tensor)] = copied
         return copies[id(tensor)]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from colrow.verify.chance import seed_everything
-from colrow.verify.precision import cast
+from colrow.verify.precision import cast, is_number, precise
 
 SPREAD = 0.1
 """Standard deviation of what is added to biases and norms."""
@@ -43,8 +43,9 @@ def spread(model: nn.Module, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for tensor in _uniform(model):
-            noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor)
-            if (tensor > 0).all():
+            dtype = precise(tensor.dtype, torch.float64)
+            noise = torch.randn(tensor.shape, generator=generator, dtype=dtype).to(tensor)
+            if not tensor.is_complex() and (tensor > 0).all():
                 tensor.mul_((SPREAD * noise).exp())
             else:
                 tensor.add_(SPREAD * noise)
@@ -53,10 +54,10 @@ def spread(model: nn.Module, seed: int) -> None:
 def _uniform(model: nn.Module) -> Iterator[Tensor]:
     """Parameters of at most one dimension or of equal numbers, and vectors of equal numbers in buffers."""
     for parameter in model.parameters():
-        if parameter.is_floating_point() and (parameter.dim() < 2 or _is_constant(parameter)):
+        if is_number(parameter) and (parameter.dim() < 2 or _is_constant(parameter)):
             yield parameter
     for buffer in model.buffers():
-        if buffer.is_floating_point() and buffer.dim() == 1 and buffer.numel() > 1 and _is_constant(buffer):
+        if is_number(buffer) and buffer.dim() == 1 and buffer.numel() > 1 and _is_constant(buffer):
             yield buffer
 
 

@@ -219,7 +219,7 @@ class MeshTraining:
         own = self._model.parameters()
         if self._composition.data == "zero1":
             cut: torch.optim.Optimizer = zero_redundancy_optimizer(
-                own, torch.optim.SGD, self._mesh, **options
+                own, torch.optim.SGD, self._mesh, model=self._model, **options
             )
         else:
             cut = torch.optim.SGD(own, **options)

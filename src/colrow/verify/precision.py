@@ -16,10 +16,18 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 _LOWER = {
-    torch.float64: frozenset({torch.float32, torch.bfloat16, torch.float16}),
-    torch.float32: frozenset({torch.bfloat16, torch.float16}),
+    torch.float64: frozenset(
+        {torch.float32, torch.bfloat16, torch.float16, torch.complex64, torch.complex32}
+    ),
+    torch.float32: frozenset({torch.bfloat16, torch.float16, torch.complex32}),
 }
-_NAMED = {Tensor.float: torch.float32, Tensor.half: torch.float16, Tensor.bfloat16: torch.bfloat16}
+_NAMED = {
+    Tensor.float: torch.float32,
+    Tensor.half: torch.float16,
+    Tensor.bfloat16: torch.bfloat16,
+    Tensor.cfloat: torch.complex64,
+    Tensor.chalf: torch.complex32,
+}
 _TYPE_NAMES = {
     "torch.FloatTensor": torch.float32,
     "torch.HalfTensor": torch.float16,
@@ -48,19 +56,32 @@ class OnePrecision(TorchFunctionMode):
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         keywords = kwargs or {}
-        if _NAMED.get(function) in self._lower:
-            return args[0].to(self.dtype, **keywords)
+        if (named := _NAMED.get(function)) in self._lower:
+            return args[0].to(precise(named, self.dtype), **keywords)
         if function is Tensor.view:  # of the same bits as another type
             return function(*args, **keywords)
         if any(self._is_lower(one) for one in (*args, *keywords.values())):
-            args = tuple(self.dtype if self._is_lower(one) else one for one in args)
-            keywords = {name: self.dtype if self._is_lower(one) else one for name, one in keywords.items()}
+            args = tuple(self._precise(one) for one in args)
+            keywords = {name: self._precise(one) for name, one in keywords.items()}
         return function(*args, **keywords)
 
     def _is_lower(self, item: Any) -> bool:
-        if isinstance(item, str):
-            return _TYPE_NAMES.get(item) in self._lower
-        return isinstance(item, torch.dtype) and item in self._lower
+        return self._precise(item) is not item
+
+    def _precise(self, item: Any) -> Any:
+        named = _TYPE_NAMES.get(item) if isinstance(item, str) else item
+        lower = isinstance(named, torch.dtype) and named in self._lower
+        return precise(named, self.dtype) if lower else item
+
+
+def precise(given: torch.dtype, dtype: torch.dtype) -> torch.dtype:
+    """``dtype``, or the complex numbers of which both parts are of it where ``given`` is complex."""
+    return dtype.to_complex() if given.is_complex else dtype
+
+
+def is_number(tensor: Tensor) -> bool:
+    """Whether a tensor is of floating-point numbers, real or complex."""
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 @contextmanager
@@ -76,13 +97,17 @@ def one_precision(dtype: torch.dtype = torch.float64) -> Iterator[None]:
 
 
 def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """``model`` with all its floating-point numbers in ``dtype``, in place.
+    """``model`` with all its floating-point numbers in ``dtype``, in place; complex ones stay complex.
 
     That includes tensors that a module keeps as plain attributes, which ``model.to`` leaves as they are.
     """
-    model.to(dtype)
+
+    def converted(tensor: Tensor) -> Tensor:
+        return tensor.to(precise(tensor.dtype, dtype)) if is_number(tensor) else tensor
+
+    model._apply(converted)  # as model.to does, which would leave the real part of complex numbers only
     for module in model.modules():
         for name, value in vars(module).items():
-            if isinstance(value, Tensor) and value.is_floating_point():
-                setattr(module, name, value.to(dtype))
+            if isinstance(value, Tensor):
+                setattr(module, name, converted(value))
     return model

@@ -14,6 +14,7 @@ from colrow.replicas import check_replicas
 from colrow.verify.compare import MISSING, compare_tensors, least_gradient, local_parts
 from colrow.verify.exchange import RanksRaised
 from colrow.verify.measure import FLOOR, magnitude
+from colrow.verify.precision import is_number
 from colrow.verify.report import Check, Difference, merge
 from colrow.verify.verification import Case, Compared, Stopped, Verification
 
@@ -59,7 +60,7 @@ class Steps:
         if not parameters:
             self._verification.notes.append("no optimizer steps were compared: no parameter wants a gradient")
             return
-        length = float(torch.sqrt(sum((one.detach() ** 2).sum() for one in parameters)))  # type: ignore[arg-type]
+        length = float(torch.nn.utils.get_total_norm([one.detach() for one in parameters]))
         optimizers: list[torch.optim.Optimizer] = []
         for step in range(steps):
             case = replace(self._case, stage=f"step {step + 1}")
@@ -178,4 +179,4 @@ class Steps:
 
 
 def _buffers_of(model: nn.Module) -> dict[str, Tensor]:
-    return {name: one.detach() for name, one in model.named_buffers() if one.is_floating_point()}
+    return {name: one.detach() for name, one in model.named_buffers() if is_number(one)}

@@ -12,12 +12,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import colrow
-from colrow.parallel.data import Kind
 from colrow.state import state_of
 from colrow.verify.precision import one_precision
 from tests.apply.comparison import largest_error
 from tests.parallel.experts.models import VOCABULARY, deepseek, mixtral, qwen
-from tests.parallel.experts.training import resume_alike, train_alike
+from tests.parallel.experts.training import Way, resume_alike, train_alike
 from tests.pool import Pool, worker_mesh
 
 CASES = [
@@ -26,12 +25,13 @@ CASES = [
     pytest.param(deepseek, 1, 2, 2, "fsdp", id="deepseek-fsdp"),
     pytest.param(partial(mixtral, 5), 1, 1, 3, "ddp", id="uneven"),
     pytest.param(mixtral, 1, 2, 2, "ddp", id="mixtral-dp"),
+    pytest.param(partial(mixtral, 5), 1, 2, 2, "zero1", id="uneven-zero"),
 ]
 
 
 @pytest.mark.parametrize(("build", "tp", "dp", "ep", "kind"), CASES)
 def test_as_one_process(
-    ranks: Callable[[int], Pool], build: Callable[[], nn.Module], tp: int, dp: int, ep: int, kind: Kind
+    ranks: Callable[[int], Pool], build: Callable[[], nn.Module], tp: int, dp: int, ep: int, kind: Way
 ) -> None:
     ranks(tp * dp * ep).run(train_alike, build, tp, dp, ep, kind, None)
 
@@ -47,6 +47,22 @@ def test_sharded_files_go_on_too(ranks: Callable[[int], Pool], tmp_path: Path) -
     build = partial(mixtral, 5)
     ranks(4).run(train_alike, build, 1, 2, 2, "fsdp", tmp_path)
     ranks(3).run(resume_alike, build, 1, 1, 3, "ddp", tmp_path, 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("one", "other"), [((1, 2, 2, "zero1"), (2, 1, 2, "ddp")), ((2, 1, 2, "ddp"), (1, 2, 2, "zero1"))]
+)
+def test_divided_states_go_on_too(
+    ranks: Callable[[int], Pool],
+    one: tuple[int, int, int, Way],
+    other: tuple[int, int, int, Way],
+    tmp_path: Path,
+) -> None:
+    build = partial(mixtral, 5)
+    ranks(4).run(train_alike, build, *one, tmp_path)
+    ranks(4).run(resume_alike, build, *other, tmp_path, one[1] * one[2])
+    ranks(2).run(resume_alike, build, 1, 1, 2, "zero1", tmp_path, one[1] * one[2])
 
 
 def _loaded(folder: Path) -> None:

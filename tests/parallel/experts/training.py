@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +15,10 @@ from torch.distributed.device_mesh import DeviceMesh
 import colrow
 from colrow.apply.unshard import all_experts, gather_whole
 from colrow.checkpoint.pretrained import load_weights
+from colrow.collectives import communicator
 from colrow.data_shards import held, joined
-from colrow.mesh import replicas
-from colrow.parallel.data import Kind
+from colrow.mesh import replicas, replicas_of_experts
+from colrow.optimizer_parts import OptimizerOfParts
 from colrow.state import placed_parameters, state_of
 from colrow.verify.precision import one_precision
 from tests.apply.comparison import largest_error
@@ -24,6 +26,9 @@ from tests.parallel.experts.models import VOCABULARY
 from tests.pool import worker_mesh
 
 LENGTH, MICRO_BATCHES, IGNORED = 7, 2, -100
+
+Way = Literal["ddp", "zero1", "fsdp"]
+"""How replicas train together."""
 
 Batch = list[tuple[Tensor, Tensor]]
 """Ids and labels of the micro-batches of a replica."""
@@ -70,35 +75,63 @@ def _same(found: dict[str, Tensor], expected: dict[str, Tensor], what: str) -> N
         assert error < 1e-9, f"{what} {name} is off by {error:.2e}"
 
 
-def cut(
-    build: Callable[[], nn.Module], tp: int, dp: int, ep: int, kind: Kind
-) -> tuple[nn.Module, DeviceMesh]:
+def cut(build: Callable[[], nn.Module], tp: int, dp: int, ep: int, kind: Way) -> tuple[nn.Module, DeviceMesh]:
     """A model with its experts over ``ep``, cut over ``tp``, and its mesh."""
     mesh = worker_mesh(tp=tp, dp=dp, ep=ep)
     ids = torch.randint(VOCABULARY, (2, LENGTH))
     model = colrow.parallelize(build(), mesh, {"input_ids": ids, "labels": ids})
-    return colrow.data_parallel(model, mesh, kind), mesh
+    return colrow.data_parallel(model, mesh, "fsdp" if kind == "fsdp" else "ddp"), mesh
+
+
+def _adam(model: nn.Module, mesh: DeviceMesh, kind: Way, rate: float) -> torch.optim.Optimizer:
+    """With ZeRO, tensors of one dimension are a group of their own, that holds no experts."""
+    if kind != "zero1":
+        return torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.1)
+    groups: list[dict[str, Any]] = [{"params": []}, {"params": []}]
+    for one in model.parameters():
+        groups[one.dim() < 2]["params"].append(one)
+    options = {"lr": rate, "weight_decay": 0.1}
+    return colrow.zero_redundancy_optimizer(groups, torch.optim.AdamW, mesh, model=model, **options)
 
 
 def train_alike(
-    build: Callable[[], nn.Module], tp: int, dp: int, ep: int, kind: Kind, folder: Path | None
+    build: Callable[[], nn.Module], tp: int, dp: int, ep: int, kind: Way, folder: Path | None
 ) -> None:
     """Two steps: losses, every gradient, the norm, parameters; then files that go on in another layout."""
     with one_precision():
         original = build()
         reference = torch.optim.AdamW(original.parameters(), lr=1e-3, weight_decay=0.1)
         model, mesh = cut(build, tp, dp, ep, kind)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
+        optimizer = _adam(model, mesh, kind, 1e-3)
         count = colrow.count_parameters(model)
         assert count.total == sum(one.numel() for one in original.parameters())
         assert count.local < count.total
         for step in range(2):
             compare_step(original, model, mesh, reference, optimizer, step)
         colrow.check_replicas(model)
+        if kind == "zero1":
+            _check_divided(model, optimizer, mesh)
         _same(whole(model, lambda one: one), dict(original.named_parameters()), "parameter")
         if folder is not None:
             colrow.save_pretrained(model, folder)
             colrow.save_optimizer(model, optimizer, folder / "optimizer")
+
+
+def _check_divided(model: nn.Module, optimizer: torch.optim.Optimizer, mesh: DeviceMesh) -> None:
+    """Every element of this rank's parameters has its moment on one of those who hold the parameter."""
+    assert isinstance(optimizer, OptimizerOfParts)
+    moments = [
+        sum(one["exp_avg"].numel() for one in getattr(part, "optim", part).state.values())
+        for part in optimizer.parts
+    ]
+    held_here = {True: 0, False: 0}
+    for one in placed_parameters(model):
+        held_here[one.experts is not None] += one.parameter.numel()
+    for own, of_experts, ranks in zip(
+        moments, (False, True), (replicas(mesh), replicas_of_experts(mesh)), strict=True
+    ):
+        assert communicator(ranks).all_reduce(torch.tensor(own)).item() == held_here[of_experts]
+        assert own < held_here[of_experts] or ranks.size() == 1
 
 
 def compare_step(
@@ -135,7 +168,7 @@ def compare_step(
 
 
 def resume_alike(
-    build: Callable[[], nn.Module], tp: int, dp: int, ep: int, kind: Kind, folder: Path, before: int
+    build: Callable[[], nn.Module], tp: int, dp: int, ep: int, kind: Way, folder: Path, before: int
 ) -> None:
     """What :func:`train_alike` has saved goes on in another layout; ``before`` replicas had trained it."""
     with one_precision():
@@ -148,7 +181,7 @@ def resume_alike(
             for parameter in model.parameters():
                 held(parameter).zero_()
         load_weights(model, folder)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1.0)
+        optimizer = _adam(model, mesh, kind, 1.0)
         colrow.load_optimizer(model, optimizer, folder / "optimizer")
         compare_step(original, model, mesh, reference, optimizer, 2)
         _same(whole(model, lambda one: one), dict(original.named_parameters()), "parameter")
