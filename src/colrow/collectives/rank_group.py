@@ -42,7 +42,7 @@ class RankGroup:
             different ways.
         overlaps: collectives on the CPU wait for a network, so that a rank should compute meanwhile: gloo is
             used alone, between hosts, and is slow. Known after the first collective; equal on all ranks.
-        serves_cpus: the group's backend is one for tensors on CPUs, so that what is on meta now will be there.
+        serves_cpus: the group's backend is one for tensors on CPUs: what is on meta now will be there.
     """
 
     # as of a group that is not there: what plays one has no process group

@@ -25,7 +25,7 @@ _NAMED = {
     Tensor.float: torch.float32,
     Tensor.half: torch.float16,
     Tensor.bfloat16: torch.bfloat16,
-    Tensor.cfloat: torch.complex64,
+    Tensor.cfloat: torch.complex64,  # type: ignore[attr-defined]
     Tensor.chalf: torch.complex32,
 }
 _TYPE_NAMES = {
@@ -70,8 +70,9 @@ class OnePrecision(TorchFunctionMode):
 
     def _precise(self, item: Any) -> Any:
         named = _TYPE_NAMES.get(item) if isinstance(item, str) else item
-        lower = isinstance(named, torch.dtype) and named in self._lower
-        return precise(named, self.dtype) if lower else item
+        if isinstance(named, torch.dtype) and named in self._lower:
+            return precise(named, self.dtype)
+        return item
 
 
 def precise(given: torch.dtype, dtype: torch.dtype) -> torch.dtype:
