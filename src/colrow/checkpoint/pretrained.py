@@ -22,7 +22,7 @@ from colrow.data_shards import cut_like, held, let_go_of_gathered, own_class
 from colrow.layout import TensorLayout
 from colrow.mesh import size_of
 from colrow.plan import HandPlan, Plan
-from colrow.state import PlacedParameter, parallel_module, placed_parameters, state_of
+from colrow.state import ParallelState, PlacedParameter, parallel_module, placed_parameters, state_of
 from colrow.trace import Example
 
 
@@ -55,7 +55,7 @@ def save_pretrained(model: nn.Module, folder: str | Path, *, bytes_per_file: int
         if state.pipeline is None or state.pipeline.is_first_holder(placed.name)
     ]
     saved += [
-        Saved(name, buffer, TensorLayout(tuple(buffer.shape)))
+        Saved(name, buffer, _layout_of_buffer(state, name, buffer))
         for name, buffer in _persistent_buffers(module)
         if state.pipeline is None or state.pipeline.owns_buffer(name)
     ]
@@ -79,6 +79,11 @@ def _saved_name(module: nn.Module, placed: PlacedParameter) -> str:
 def _persistent_buffers(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
     persistent = module.state_dict(keep_vars=True).keys()
     return [(name, buffer) for name, buffer in module.named_buffers() if name in persistent]
+
+
+def _layout_of_buffer(state: ParallelState, name: str, buffer: torch.Tensor) -> TensorLayout:
+    """Those that the plan cuts have one, as parameters have."""
+    return state.layouts.get(name) or TensorLayout(tuple(buffer.shape))
 
 
 def _save_configurations(module: nn.Module, folder: Path) -> None:
@@ -194,7 +199,7 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
         (one.names, one.parameter, one.layout) for one in placed_parameters(module)
     ]
     buffers = dict(_persistent_buffers(module))
-    targets += [((name,), buffer, TensorLayout(tuple(buffer.shape))) for name, buffer in buffers.items()]
+    targets += [((name,), one, _layout_of_buffer(state, name, one)) for name, one in buffers.items()]
     elsewhere = state.pipeline.names if state.pipeline is not None else frozenset()
     if any(files.names.isdisjoint(names) for names, _, _ in targets):
         shapes = {name: layout.shape for names, _, layout in targets for name in names}
