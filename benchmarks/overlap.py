@@ -12,7 +12,7 @@ Three linear layers, the forward alone, each in one piece and in several:
 - *gather*: the tokens of all ranks are gathered and then multiplied (the entry of a region under sequence
   parallelism). Own tokens are multiplied while the others' come.
 - *scatter*: a product, of which each rank gets the sum for its tokens (the exit). In chunks of every rank's
-  tokens. Ring, of two ranks: the other's tokens are multiplied first, and travel while the own are.
+  tokens. Ring: the tokens of others are multiplied first, and travel while the own are.
 
 With collectives through gloo, and through shared memory, where a collective runs while it is waited for:
 nothing can overlap there, but smaller pieces may stay in a cache. Started by itself the program starts two
@@ -46,7 +46,7 @@ from rich.table import Table
 from torch import Tensor
 
 import colrow
-from colrow.collectives import Communicator, communicator
+from colrow.collectives import Communicator, communicator, reduce_scatter_of
 from colrow.launch import launch
 from colrow.layers.linear_functions import product
 from colrow.layers.products import Products, agreed_products
@@ -126,20 +126,13 @@ class Layer:
         return torch.cat([one.wait() for one in begun])
 
     def scatter_ring(self) -> Tensor:
-        """The same, of two ranks: the other's part is sent while the own is computed."""
-        other = 1 - self.ranks.rank
-        sent = self._product(self.x.chunk(2)[other])
-        received = torch.empty_like(sent)
-        peer = self.ranks.global_ranks[other]
-        works = [
-            dist.isend(sent, peer, group=self.ranks.group),
-            dist.irecv(received, peer, group=self.ranks.group),
-        ]
-        own = self._product(self.x[self.own])
-        for work in works:
-            assert work is not None
-            work.wait()
-        return own.add_(received)
+        """The same, as colrow's layers do it where networks are slow: what is for others is sent first."""
+        before, self.ranks.overlaps = self.ranks.overlaps, True
+        sizes = [self.own.stop - self.own.start] * self.ranks.size
+        try:
+            return reduce_scatter_of(self.ranks, self.x, len(self.weight), self._product, 0, sizes, "ring")
+        finally:
+            self.ranks.overlaps = before
 
     def forms(self, kind: str) -> dict[str, Form]:
         """Every way to compute a layer of a kind, the whole one first."""
@@ -149,7 +142,7 @@ class Layer:
             return {"whole": self.gather, "own first": self.gather_overlapped}
         forms: dict[str, Form] = {"whole": self.scatter}
         forms |= {f"{n} chunks": partial(self.scatter_overlapped, n) for n in CHUNKS[:1]}
-        is_ring = self.ranks.size == 2 and self.ranks._shared is None  # which only gloo sends
+        is_ring = self.ranks._shared is None  # which only gloo sends
         return {**forms, "ring": self.scatter_ring} if is_ring else forms
 
 

@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from colrow.collectives import Communicator, all_reduce_of, communicator, network
+from colrow.apply.sequence import ScatterSequence, SequenceLength
+from colrow.collectives import Communicator, all_reduce_of, communicator, network, reduce_scatter_of
 from colrow.layers import row_parallel
 from colrow.layout import Cut
 from tests.pool import Pool
@@ -136,6 +137,82 @@ def _row_parallel(features: int) -> None:
 def test_a_layer_whose_result_is_summed_in_chunks(ranks: Callable[[int], Pool], size: int) -> None:
     ranks(size).run(_row_parallel, 7)
     ranks(size).run(_row_parallel, size - 1)  # one rank reads nothing
+
+
+def _scattered(
+    hosts: Sequence[int],
+    shape: tuple[int, ...],
+    dimension: int,
+    dtype: torch.dtype,
+    order: list[int],
+) -> None:
+    """What is for others is sent before this rank computes its own part."""
+    ranks = through_gloo(hosts)
+    parts, exchange = parts_of(ranks, shape, dtype), dist.all_to_all_single
+    sizes = Cut.balanced(shape[dimension], ranks.size).counts
+    events: list[object] = []
+
+    def compute(rows: Tensor) -> Tensor:
+        events.append(rows.shape[dimension])
+        return rows @ torch.ones(shape[-1], 2100, dtype=rows.dtype)
+
+    def begun(*arguments: Any, **options: Any) -> object:
+        events.append("begin")
+        return exchange(*arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_to_all_single", begun)
+        found = reduce_scatter_of(ranks, parts[ranks.rank], 2100, compute, dimension, sizes, "sum")
+    *others, own = [sizes[(ranks.rank + step) % ranks.size] for step in order] or [sum(sizes)]
+    assert events == (
+        [one for size in others for one in (size, "begin")] + [own] if order else [own, "begin"]
+    )
+    exact = in_order([part.double().sum(-1, keepdim=True) for part in parts])
+    expected = exact.split(sizes, dimension)[ranks.rank].expand(*found.shape[:-1], 2100)
+    tolerance = 1e-9 if dtype == torch.float64 else 3.0  # of numbers to 300, which bf16 rounds to 2
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=tolerance)
+    assert found.is_contiguous()
+    tally = ranks.statistics.where(label="sum")
+    whole = torch.Size(shape[:-1]).numel() * 2100 * found.element_size()
+    assert (tally.count, tally.bytes) == (1, whole)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_parts_are_sent_before_all_is_computed(ranks: Callable[[int], Pool], size: int) -> None:
+    hosts = [0, 0, 1][-size:]
+    order = [*range(1, size), 0]
+    ranks(size).run(_scattered, hosts, (2, 151, 3), 1, torch.float64, order)
+    ranks(size).run(_scattered, hosts, (257, 1), 0, torch.bfloat16, order)
+    ranks(size).run(_scattered, hosts, (300, 1, 2), 1, torch.float64, [])  # a rank has no token
+    ranks(size).run(_scattered, hosts, (200, 2), 0, torch.float64, [])  # few rows
+
+
+def _row_parallel_along_a_sequence(features: int, tokens: int) -> None:
+    ranks = through_gloo(range(4))
+    torch.manual_seed(0)
+    whole = torch.nn.Linear(features, 530).double()
+    scatter = ScatterSequence(SequenceLength(ranks, "sequence"), "exit", 1)
+    layer = row_parallel(copy.deepcopy(whole), ranks, scatter=scatter)
+    cut, sequence = Cut.balanced(features, ranks.size), Cut.balanced(tokens, ranks.size)
+    own = slice(cut.start(ranks.rank), cut.stop(ranks.rank))
+    part = slice(sequence.start(ranks.rank), sequence.stop(ranks.rank))
+    x = torch.randn(3, tokens, features, dtype=torch.float64, requires_grad=True)
+    cotangent = torch.randn(3, tokens, 530, dtype=torch.float64)
+    exact, found = whole(x), layer(x[..., own])
+    assert "RowScatter" in str(found.grad_fn.next_functions)  # before the bias is added
+    torch.testing.assert_close(found, exact[:, part], rtol=1e-12, atol=1e-12)
+    of_x, of_weight = torch.autograd.grad(exact, [x, whole.weight], cotangent)
+    mine = torch.autograd.grad(found, [x, layer.weight], cotangent[:, part])
+    expected = (torch.zeros_like(of_x), of_weight[:, own])
+    expected[0][..., own] = of_x[..., own]
+    for one, other in zip(mine, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_layer_whose_result_is_scattered_in_parts(ranks: Callable[[int], Pool], size: int) -> None:
+    ranks(size).run(_row_parallel_along_a_sequence, 7, 101)
+    ranks(size).run(_row_parallel_along_a_sequence, size - 1, 100)  # one rank reads nothing
 
 
 def _rounded_once() -> None:

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 import colrow
 from colrow.collectives import Communicator, communicator
-from colrow.layers import SharedEntry, column_parallel, linear, linear_functions, products, row_parallel
+from colrow.layers import SharedEntry, column_parallel, linear_functions, local, products, row_parallel
 from colrow.layers.linear import ColumnParallel, RowParallel
 from colrow.layers.products import Products, agreed_products, choose_products
 from colrow.state import state_of
@@ -196,8 +196,8 @@ def test_all_ranks_do_as_the_first(ranks: Callable[[int], Pool]) -> None:
 def _model(name: str) -> tuple[float, set[str]]:
     """A model whose plan has linear layers of all kinds: the largest error of a gradient, and the classes."""
     mesh = worker_mesh(2)
-    agreed = linear.agreed_products
-    linear.agreed_products = lambda ranks: Products(1)
+    agreed = local.agreed_products
+    local.agreed_products = lambda ranks: Products(1)
     try:
         whole, inputs = load("listed").build(name)
         model = copy.deepcopy(whole).float()
@@ -217,7 +217,7 @@ def _model(name: str) -> tuple[float, set[str]]:
         assert all(type(one) is nn.Linear for one in model.modules() if isinstance(one, nn.Linear))
         return max(errors), classes
     finally:
-        linear.agreed_products = agreed
+        local.agreed_products = agreed
 
 
 @needs_onednn
@@ -231,20 +231,20 @@ def test_layers_whose_collectives_are_elsewhere_multiply_alike(ranks: Callable[[
 def _on_meta() -> tuple[int, set[Products]]:
     """How often ranks agree while a model without weights is cut, and what its layers then have."""
     mesh = worker_mesh(2)
-    agreed, asked = linear.agreed_products, []
+    agreed, asked = local.agreed_products, []
 
     def counted(ranks: Communicator) -> Products:
         asked.append(ranks)
         return Products(1)
 
-    linear.agreed_products = counted
+    local.agreed_products = counted
     try:
         with torch.device("meta"):
             model = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 6))
         colrow.parallelize(model, mesh, {"input": torch.zeros(2, 6, device="meta")})
         return len(asked), {module.products for module in model.modules() if hasattr(module, "products")}
     finally:
-        linear.agreed_products = agreed
+        local.agreed_products = agreed
 
 
 def test_weights_that_are_read_later(ranks: Callable[[int], Pool]) -> None:

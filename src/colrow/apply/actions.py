@@ -186,7 +186,7 @@ class Applier:
         label = f"part of {piece.place.module or 'the model'}"
         return SliceSequence(self._length(piece.along), label, piece.along.dimension)
 
-    def _scatter(self, along: Along, label: str) -> Change:
+    def _scatter(self, along: Along, label: str) -> ScatterSequence:
         return ScatterSequence(self._length(along), label, along.dimension)
 
     def _length(self, along: Along) -> SequenceLength:

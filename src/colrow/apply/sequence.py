@@ -109,13 +109,17 @@ class ScatterSequence:
     def __init__(self, length: SequenceLength, label: str, dimension: int) -> None:
         self._length, self._label, self._dimension = length, label, dimension
 
-    def __call__(self, value: Tensor) -> Tensor:
-        """The part."""
+    def collective(self, value: Tensor) -> AllReduce | ReduceScatter:
+        """What gives the part of a value, or all of it where nothing is cut."""
         ranks = self._length.ranks
         parts = self._length.parts(value.shape[self._dimension])
         if not self._length.is_cut():
-            return AllReduce(ranks, self._label)(value)
-        return ReduceScatter(ranks, self._label, self._dimension, parts)(value)
+            return AllReduce(ranks, self._label)
+        return ReduceScatter(ranks, self._label, self._dimension, parts)
+
+    def __call__(self, value: Tensor) -> Tensor:
+        """The part."""
+        return self.collective(value)(value)
 
 
 class SliceSequence:

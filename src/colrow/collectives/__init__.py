@@ -20,7 +20,7 @@ from colrow.collectives.functions import (
     reduce_scatter_async,
     slice_local,
 )
-from colrow.collectives.in_chunks import all_reduce_of
+from colrow.collectives.in_chunks import all_reduce_of, reduce_scatter_of
 from colrow.collectives.pending import Pending
 from colrow.collectives.statistics import Call, CommStats, Tally
 from colrow.collectives.typed import (
@@ -70,6 +70,7 @@ __all__ = [
     "first_rank_only",
     "reduce_scatter",
     "reduce_scatter_async",
+    "reduce_scatter_of",
     "reset_comm_stats",
     "slice_local",
 ]

@@ -7,7 +7,7 @@ because a gradient handed to a backward may be shared and a forward input may be
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeAlias
 
 import torch
@@ -62,28 +62,6 @@ class Communicator(RankGroup):
             return pending
         by_torch = through_torch.all_reduce(self, tensor, reduction, owned)
         return self._begin("all_reduce", label, tensor.numel() * tensor.element_size(), *by_torch)
-
-    def all_reduce_chunks(self, chunks: Iterable[Tensor], result: Tensor, *, label: str = "") -> None:
-        """Sums over the ranks of tensors that are made one after the other.
-
-        Each is under way while the next one is made, where this group :attr:`overlaps`; one collective in the
-        statistics.
-
-        Args:
-            chunks: of the same shapes on every rank; given away.
-            result: where their sums come one after the other, along dimension 0.
-            label: names the collective in errors and statistics.
-        """
-        call = self._record("all_reduce", label, result.numel() * result.element_size())
-        begun = [
-            self._begin_call(call, *through_torch.all_reduce(self, chunk, "sum", owned=True))
-            for chunk in chunks
-        ]
-        first = 0
-        for pending in begun:
-            total = pending.wait()
-            result[first : first + len(total)] = total
-            first += len(total)
 
     def start_all_gather(
         self, shard: Tensor, dimension: int, sizes: Sequence[int] | None = None, *, label: str = ""

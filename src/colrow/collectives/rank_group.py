@@ -89,9 +89,9 @@ class RankGroup:
         start: Callable[[], Work | None],
         finish: Callable[[], Tensor],
     ) -> Pending:
-        return self._begin_call(self._record(operation, label, payload), start, finish)
+        return self.begin_call(self.record(operation, label, payload), start, finish)
 
-    def _record(self, operation: str, label: str, payload: int) -> Call:
+    def record(self, operation: str, label: str, payload: int) -> Call:
         """Count a collective that is about to begin."""
         call = Call(operation, label, current_phase(), payload)
         self.statistics.record(call)
@@ -99,7 +99,7 @@ class RankGroup:
         self.sequence = zlib.crc32(f"{operation}{label}{common}".encode(), self.sequence)
         return call
 
-    def _begin_call(
+    def begin_call(
         self, call: Call, start: Callable[[], Work | None], finish: Callable[[], Tensor]
     ) -> Pending:
         """Begin a collective that has been counted, or a part of it."""

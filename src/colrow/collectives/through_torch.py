@@ -75,14 +75,19 @@ def reduce_scatter_by_gloo(ranks: RankGroup, tensor: Tensor, dimension: int, siz
     start, received = all_to_all(ranks, source, given, [given[ranks.rank]] * ranks.size)
 
     def finish() -> Tensor:
-        parts = received().view(ranks.size, *pieces[ranks.rank].shape)
-        wide = torch.float32 if tensor.dtype in (torch.bfloat16, torch.float16) else tensor.dtype
-        total = parts[0].to(wide, copy=True)
-        for part in parts[1:]:
-            total.add_(part)
-        return total.to(tensor.dtype)
+        return sum_in_order(received().view(ranks.size, *pieces[ranks.rank].shape).unbind())
 
     return start, finish
+
+
+def sum_in_order(parts: Sequence[Tensor]) -> Tensor:
+    """The sum of tensors of one dtype, one after the other; half precision in fp32, rounded once."""
+    dtype = parts[0].dtype
+    wide = torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+    total = parts[0].to(wide, copy=True)
+    for part in parts[1:]:
+        total.add_(part)
+    return total.to(dtype)
 
 
 def all_to_all(ranks: RankGroup, source: Tensor, given: Sequence[int], taken: Sequence[int]) -> Begun:

@@ -7,10 +7,10 @@ from colrow.layers.linear import (
     ColumnParallelLinear,
     RowParallelLinear,
     column_parallel,
-    multiply_faster,
     row_parallel,
 )
 from colrow.layers.linear_cross_entropy import linear_cross_entropy
+from colrow.layers.local import multiply_faster
 from colrow.layers.lookup import lookup
 
 __all__ = [

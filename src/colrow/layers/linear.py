@@ -9,14 +9,22 @@ Written once for ``nn.Linear``, whose weight is ``[out, in]``, and transformers'
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from functools import cache
-from typing import Literal, cast
+from typing import Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
-from colrow.collectives import AllGather, AllReduce, Communicator, Group, Slice, communicator
+from colrow.collectives import (
+    AllGather,
+    AllReduce,
+    Communicator,
+    Group,
+    ReduceScatter,
+    Slice,
+    communicator,
+)
 from colrow.collectives.statistics import current_phase
 from colrow.errors import PlanError
 from colrow.layers.entry import LayerEntry
@@ -24,11 +32,12 @@ from colrow.layers.linear_functions import (
     ColumnWeights,
     RowLinear,
     RowProduct,
+    RowScatter,
     autocast,
     column_linear,
     local_linear,
 )
-from colrow.layers.products import Products, agreed_products
+from colrow.layers.products import Products
 from colrow.layers.shards import axis_layout, shard_parameter
 from colrow.layout import Cut, DimensionLayout, TensorLayout
 from colrow.modules import is_linear
@@ -165,11 +174,21 @@ class ColumnParallel(_ParallelLinear):
         return y
 
 
+class Scatter(Protocol):
+    """What takes the place of an all-reduce: from partial sums it makes each rank's part of a sequence."""
+
+    def collective(self, value: Tensor) -> AllReduce | ReduceScatter:
+        """What is done to the partial sums of ``value``'s shape, but for the last dimension."""
+
+    def __call__(self, value: Tensor) -> Tensor:
+        """Do it to ``value``."""
+
+
 class RowParallel(_ParallelLinear):
     """What makes a linear layer row-parallel, whichever way its weight lies."""
 
     reads: Literal["V", "I"]
-    scatter: Callable[[Tensor], Tensor] | None
+    scatter: Scatter | None
 
     def _become_row(
         self,
@@ -178,7 +197,7 @@ class RowParallel(_ParallelLinear):
         layout: DimensionLayout | None,
         cut: Cut | None,
         reads: Literal["V", "I"],
-        scatter: Callable[[Tensor], Tensor] | None = None,
+        scatter: Scatter | None = None,
     ) -> None:
         self._take_shard(group, label, layout, cut, output=False)
         if reads == "I" and len(self.features.segments) > 1:
@@ -199,6 +218,12 @@ class RowParallel(_ParallelLinear):
         if self.reads == "I":
             x = Slice(self.communicator, f"slice {self.label}", x.dim() - 1, self.sizes, "I")(x)
         label = self._reduction
+        if self.scatter is not None and self.communicator.overlaps and not _is_recomputed():
+            scatter = self.scatter.collective(x)
+            if isinstance(scatter, ReduceScatter):
+                *factors, bias = autocast(x, *self.operands)
+                total = RowScatter.apply(*factors, scatter, self._out_first, self.products)
+                return total if bias is None else total + bias
         if torch.compiler.is_compiling() or self.scatter is not None:
             weight, bias = self.operands
             total = (self.scatter or AllReduce(self.communicator, label))(
@@ -206,15 +231,24 @@ class RowParallel(_ParallelLinear):
             )
             return total if bias is None else total + bias.to(total.dtype)
         operands = autocast(x, *self.operands)
-        if current_phase() == "backward" or torch._C._len_torch_dispatch_stack():
-            # recomputed, or watched: what keeps the results of some operators and recomputes the others asks
-            # for the same operators again, and what it keeps must not be reduced in place
+        if _is_recomputed():
             *factors, bias = operands
             partial = RowProduct.apply(*factors, self._out_first, self.products)
             total = AllReduce(self.communicator, label)(partial)
             return total if bias is None else total + bias
         result: Tensor = RowLinear.apply(*operands, self.communicator, label, self._out_first, self.products)
         return result
+
+
+def _is_recomputed() -> bool:
+    """Whether a forward is one of a graph, recomputed, or watched.
+
+    What keeps the results of some operators and recomputes the others asks for the same operators again, and
+    what it keeps must not be reduced in place.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    return current_phase() == "backward" or torch._C._len_torch_dispatch_stack() > 0
 
 
 class ColumnParallelLinear(ColumnParallel, nn.Linear):
@@ -298,7 +332,7 @@ def _conv1d_class(base: type[nn.Module], role: type[nn.Module]) -> type[nn.Modul
     return type(role.__name__ + base.__name__, (role, base), {"__module__": __name__})
 
 
-def _change_class(module: nn.Module, role: type[nn.Module], linear: type[nn.Module], label: str) -> None:
+def change_class(module: nn.Module, role: type[nn.Module], linear: type[nn.Module], label: str) -> None:
     if not is_linear(module):
         raise PlanError(
             label,
@@ -327,7 +361,7 @@ def column_parallel(
     Raises:
         PlanError: if the module is neither.
     """
-    _change_class(module, ColumnParallel, ColumnParallelLinear, label)
+    change_class(module, ColumnParallel, ColumnParallelLinear, label)
     assert isinstance(module, ColumnParallel)
     module._become_column(group, label, layout, cut, entry, reads, gather_output)
     return module
@@ -340,7 +374,7 @@ def row_parallel(
     layout: DimensionLayout | None = None,
     cut: Cut | None = None,
     reads: Literal["V", "I"] = "V",
-    scatter: Callable[[Tensor], Tensor] | None = None,
+    scatter: Scatter | None = None,
     label: str = "row-parallel linear",
 ) -> RowParallel:
     """Make an existing ``nn.Linear`` or ``Conv1D`` row-parallel, in place; returns it.
@@ -351,47 +385,7 @@ def row_parallel(
     Raises:
         PlanError: if the module is neither.
     """
-    _change_class(module, RowParallel, RowParallelLinear, label)
+    change_class(module, RowParallel, RowParallelLinear, label)
     assert isinstance(module, RowParallel)
     module._become_row(group, label, layout, cut, reads, scatter)
     return module
-
-
-class Local(nn.Module):
-    """A linear layer that holds a part of its weight; the collectives that it needs are elsewhere."""
-
-    products: Products
-    _out_first: bool
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``x`` [..., in] -> [..., out]."""
-        weight, bias = cast(Tensor, self.weight), cast("Tensor | None", self.bias)
-        return local_linear(x, weight, bias, self._out_first, self.products)
-
-
-class LocalLinear(Local, nn.Linear):
-    """:class:`Local`, for ``nn.Linear``."""
-
-
-def multiply_faster(model: nn.Module, ranks: Communicator, cut: Collection[nn.Module] = ()) -> None:
-    """Let the cut layers of ``model`` multiply by the faster library, where there are two.
-
-    Every rank of the group calls this. See :mod:`colrow.layers.products`.
-
-    Args:
-        model: holds the layers.
-        ranks: the group.
-        cut: modules that hold a part of their weight; plain linear layers among them become :class:`Local`.
-    """
-    layers = [module for module in model.modules() if isinstance(module, ColumnParallel | RowParallel)]
-    plain = [module for module in cut if is_linear(module)]
-    weights = [module._parameters["weight"] for module in [*layers, *plain]]
-    # weights on meta are read, or made, after the model is cut
-    kinds = ("cpu", "meta") if ranks.serves_cpus else ("cpu",)
-    if any(one is not None and one.dtype == torch.float32 and one.device.type in kinds for one in weights):
-        products = agreed_products(ranks)
-        for layer in layers:
-            layer.products = products
-        for module in plain if products.onednn_from is not None else []:
-            _change_class(module, Local, LocalLinear, "")
-            module._out_first, module.products = isinstance(module, nn.Linear), products  # type: ignore[assignment]

@@ -14,7 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from colrow.collectives import AllReduce, Communicator, Enter, all_reduce_of
+from colrow.collectives import (
+    AllReduce,
+    Communicator,
+    Enter,
+    ReduceScatter,
+    all_reduce_of,
+    reduce_scatter_of,
+)
 from colrow.layers.products import BY_TORCH, Products, compiled_onednn, onednn
 
 FEATURES_PER_BLOCK = 1024
@@ -305,6 +312,32 @@ class RowLinear(torch.autograd.Function):
         operand = entered(gradient, ctx.ranks, ctx.label)
         bias_gradient = as_rows(gradient).sum(0) if ctx.needs_input_grad[2] else None
         return *_row_gradients(ctx, operand), bias_gradient, None, None, None, None
+
+
+class RowScatter(torch.autograd.Function):
+    """V x V -> V: as :class:`RowLinear` without a bias, but each rank has its part of a sequence."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, scatter: ReduceScatter, out_first: bool, products: Products
+    ) -> Tensor:
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        ctx.products = products = chosen(products, x, weight)
+        ctx.scatter, ctx.out_first = scatter, out_first
+        return reduce_scatter_of(
+            scatter.communicator,
+            x,
+            weight.shape[0 if out_first else 1],
+            lambda part: product(part, weight, None, out_first, products),
+            scatter.dimension,
+            scatter.sizes or (),
+            scatter.label,
+        )
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        whole = ctx.scatter.adjoint()(gradient)
+        return *_row_gradients(ctx, whole), None, None, None
 
 
 class RowProduct(torch.autograd.Function):
