@@ -328,6 +328,7 @@ def _refused() -> list[str]:
         lambda: collectives.reduce_scatter(torch.zeros(3), mesh, 0, sizes=[1, 1]),
         lambda: collectives.all_gather(torch.zeros(3, 2), mesh, 5),
         lambda: collectives.all_gather(torch.zeros(()), mesh, 0),
+        lambda: collectives.all_to_all(torch.zeros(2), mesh, 0, -1, split_sizes=[1, 1], concat_sizes=[2, 2]),
     ):
         with pytest.raises((ValueError, IndexError)) as caught:
             call()
@@ -344,3 +345,4 @@ def test_bad_sizes_are_refused(ranks: Callable[[int], Pool]) -> None:
         assert "do not add up" in messages[4]
         assert "no dimension 5" in messages[5]
         assert "no dimension 0" in messages[6]
+        assert "parts of dimension 0 cannot be joined along it" in messages[7]

@@ -107,8 +107,27 @@ def _plain_calls() -> bool:
     pieces = [torch.empty(3, dtype=torch.float64) for _ in range(size)]
     dist.all_to_all(pieces, list(blocks[rank]))
     assert torch.equal(torch.stack(pieces), torch.stack([block[rank] for block in blocks]))
+    turned = nn.Parameter(torch.full((4, 3), float(rank)).t())
+    dist.broadcast(turned, 1)
+    dist.all_reduce(turned)
+    leaves = [torch.empty(3, 4).t().requires_grad_() for _ in range(size)]
+    dist.all_gather(leaves, turned.detach().t().contiguous().t().reshape(4, 3))
+    assert all(torch.equal(leaf, torch.full((4, 3), float(size))) for leaf in leaves)
     dist.barrier()
     assert group.shared_memory() is not None
+    return True
+
+
+def _parts_that_do_not_fit() -> bool:
+    """Refused before anything is read or written beyond a tensor; the group goes on."""
+    _join()
+    size = world()
+    for parts in ([torch.empty(1_000_000)] * size, [torch.empty(2)] * size, [torch.empty(4)] * (size + 1)):
+        with pytest.raises(ValueError, match=f"all_gather: parts of .* for {size} ranks"):
+            dist.all_gather(parts, torch.ones(4))
+        with pytest.raises(ValueError, match=f"reduce_scatter: parts of .* for {size} ranks"):
+            dist.reduce_scatter(torch.ones(4), parts)
+    dist.all_reduce(torch.ones(1))
     return True
 
 
@@ -171,10 +190,21 @@ def _functional() -> bool:
         torch.cat([part[2 * rank : 2 * rank + 2] for part in parts]),
         parts[0],
     )
+    under_way = functional.all_reduce(own, "sum", group)
+    dist.all_reduce(under_way)  # which has no memory of its own
+    torch.testing.assert_close(under_way + 0, total * size)
+    gathered = torch.empty(2 * size * size, 3, dtype=torch.float64)
+    dist.all_gather_into_tensor(gathered, functional.all_reduce(own, "sum", group))
+    torch.testing.assert_close(gathered, torch.cat([total] * size))
+    torch.testing.assert_close(
+        communicator(group).all_reduce(functional.all_reduce(own, "sum", group)), size * total
+    )
     for function in (every, torch.compile(every, backend="aot_eager", fullgraph=True)):
         for found, wanted in zip(function(own), expected, strict=True):
             torch.testing.assert_close(found + 0, wanted)
     mesh = colrow.init_mesh(tp=size)["tp"]
+    with pytest.raises(ValueError, match="a DTensor has no memory of its own"):
+        dist.all_reduce(DTensor.from_local(own, mesh, [Shard(0)]))
     whole = DTensor.from_local(own, mesh, [Shard(0)]).redistribute(mesh, [Replicate()]).to_local()
     assert torch.equal(whole, torch.cat(parts))
     return True
@@ -255,6 +285,7 @@ def _subgroups() -> bool:
     [
         (_plain_calls, 2),
         (_plain_calls, 3),
+        (_parts_that_do_not_fit, 2),
         (_through_gloo, 2),
         (_through_gloo, 3),
         (_functional, 2),

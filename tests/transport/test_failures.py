@@ -140,14 +140,32 @@ MISMATCHES: dict[str, tuple[Callable[[SharedGroup], None], Callable[[SharedGroup
     "cut": (
         lambda group: group.all_gather(torch.ones(4), torch.ones(10), (4, 6)),
         lambda group: group.all_gather(torch.ones(5), torch.ones(10), (5, 5)),
-        "all_gather of 40 bytes",
-        "all_gather of 40 bytes, divided differently over the ranks",
+        "all_gather of 40 bytes of float32",
+        "all_gather of 40 bytes of float32, divided differently over the ranks",
     ),
     "source": (
         lambda group: group.broadcast(torch.ones(4), 0),
         lambda group: group.broadcast(torch.ones(4), 1),
-        "all_gather of 16 bytes",
+        "all_gather of 16 bytes of float32",
         "divided differently",
+    ),
+    "dtype of a broadcast": (
+        lambda group: group.broadcast(torch.ones(4), 0),
+        lambda group: group.broadcast(torch.ones(4).int(), 0),
+        "all_gather of 16 bytes of float32",
+        "all_gather of 16 bytes of int32",
+    ),
+    "dtype of an all-gather": (
+        lambda group: group.all_gather(torch.ones(4).half(), torch.ones(8).half()),
+        lambda group: group.all_gather(torch.ones(4).bfloat16(), torch.ones(8).bfloat16()),
+        "all_gather of 16 bytes of float16",
+        "all_gather of 16 bytes of bfloat16",
+    ),
+    "dtype of an all-to-all": (
+        lambda group: group.all_to_all(torch.ones(4).cfloat(), torch.ones(4).cfloat()),
+        lambda group: group.all_to_all(torch.ones(4).double(), torch.ones(4).double()),
+        "all_to_all of complex64",
+        "all_to_all of float64",
     ),
     "parts": (
         lambda group: group.all_to_all(torch.ones(3), torch.ones(3), [1, 2], [1, 2]),
@@ -222,6 +240,76 @@ def test_control_c_while_waiting() -> None:
     assert ends[0].result[1] == "KeyboardInterrupt", ends[0]
     assert ends[0].result[0] < 0.3 + 0.3 + BUSY
     assert ends[1].result[1:] == ["TransportError", "rank 0 was interrupted, says rank 0"]
+
+
+def _interrupted_in_gloo() -> list[Any]:
+    os.environ["COLROW_TRANSPORT"] = "gloo"
+    ranks = _ready(20)
+    if ranks.rank == 1:
+        time.sleep(60)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+    begin = time.monotonic()
+    try:
+        ranks.all_reduce(torch.ones(10))
+    except BaseException as error:
+        dist.destroy_process_group = lambda: None  # which waits for gloo
+        return [time.monotonic() - begin, type(error).__name__]
+    return []
+
+
+def test_control_c_while_waiting_for_gloo() -> None:
+    ends = crew.run(_interrupted_in_gloo, size=2, stuck=(1,))
+    assert ends[0].result[1] == "KeyboardInterrupt", ends[0]
+    assert ends[0].result[0] < 0.3 + 0.3 + BUSY
+
+
+def _handles(what: str) -> list[Any]:
+    """A signal handler on rank 0 calls the group in which its thread waits."""
+    ranks = _ready(20)
+    shared = _memory(ranks)
+    if ranks.rank == 1:
+        time.sleep(1.0)
+    else:
+        call = shared.barrier if what == "calls" else shared.close
+        signal.signal(signal.SIGUSR1, lambda *_: call())
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGUSR1)).start()
+    begin = time.monotonic()
+    try:
+        shared.barrier()
+    except BaseException as error:
+        return [time.monotonic() - begin, type(error).__name__, str(error)]
+    return [0, "", ""]
+
+
+@pytest.mark.parametrize(
+    ("what", "own", "seen"),
+    [
+        ("calls", "ValueError: a signal handler has called a collective", "rank 0 was interrupted"),
+        ("leaves", "TransportError: this rank has left the group", "rank 0 has left the group"),
+    ],
+)
+def test_a_signal_handler_that_uses_the_group(what: str, own: str, seen: str) -> None:
+    """It would wait for itself, where nothing but SIGKILL ends it."""
+    ends = crew.run(_handles, what, size=2, limit=20)
+    assert ": ".join(ends[0].result[1:]).startswith(own), ends[0]
+    assert ends[0].result[0] < 0.3 + 0.3 + BUSY
+    assert ends[1].result[1] == "TransportError"
+    assert ends[1].result[2].startswith(seen), ends[1]
+
+
+def _own_part() -> str:
+    ranks = _ready(20)
+    own = [2 if rank == ranks.rank else 1 for rank in range(ranks.size)]
+    with pytest.raises(ValueError, match="the arguments do not fit together"):
+        _memory(ranks).all_to_all(torch.ones(3), torch.ones(2), own, [1, 1])
+    ranks.barrier()
+    return "goes on"
+
+
+def test_what_a_rank_gives_to_itself() -> None:
+    """It must be what the rank takes: seen before anything is done."""
+    assert [end.result for end in crew.run(_own_part, size=2)] == ["goes on"] * 2
 
 
 def _forks() -> list[Any]:

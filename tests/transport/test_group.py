@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from colrow.collectives import communicator
 from colrow.transport import SharedGroup, share_memory
 from colrow.transport.group import DTYPES, REDUCTIONS
 from tests.pool import Pool
@@ -36,7 +37,8 @@ def tensor_of(rank: int, count: int, dtype: torch.dtype, seed: int = 0) -> Tenso
     """What a rank contributes, which every rank can work out."""
     generator = torch.Generator().manual_seed(1000 * seed + rank)
     if dtype.is_floating_point or dtype.is_complex:
-        return torch.randn(count, generator=generator, dtype=torch.float64).to(dtype)
+        wide = torch.complex128 if dtype.is_complex else torch.float64
+        return torch.randn(count, generator=generator, dtype=wide).to(dtype)
     if dtype == torch.bool:
         return torch.randint(0, 2, (count,), generator=generator).bool()
     # random bits, through views: torch has few operators for the unsigned
@@ -193,6 +195,12 @@ def _complex() -> None:
         shared.reduce_scatter(parts[shared.rank], own, tuple(counts))
         start = sum(counts[: shared.rank])
         assert torch.equal(own, result[start : start + counts[shared.rank]])
+        # a view that is not conjugated before it is read
+        everybody = communicator(dist.group.WORLD)
+        turned = [part.view(333, 3).conj() for part in parts]
+        taken = everybody.start_all_to_all(turned[shared.rank], 0, [111] * 3, 1, [3] * 3).wait()
+        expected = torch.cat([part[111 * shared.rank :][:111] for part in turned], 1)
+        assert torch.equal(taken.resolve_conj(), expected.resolve_conj())
 
 
 def test_complex_numbers(ranks: Callable[[int], Pool]) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import re
 import signal
+import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from typing import Any
 
 import pytest
 import torch
@@ -97,7 +99,7 @@ STRAYS: dict[str, tuple[Callable[[Communicator], Tensor], Callable[[Communicator
     "operation": (
         lambda ranks: ranks.all_reduce(torch.ones(LARGE)),
         lambda ranks: ranks.all_gather(torch.ones(LARGE), 0),
-        "in all_gather of 8000000 bytes",
+        "in all_gather of 8000000 bytes of float32",
     ),
     "broadcast": (  # whose source waits for nobody
         lambda ranks: ranks.all_reduce(torch.ones(SMALL)),
@@ -107,7 +109,22 @@ STRAYS: dict[str, tuple[Callable[[Communicator], Tensor], Callable[[Communicator
     "broadcasts": (
         lambda ranks: ranks.broadcast(torch.ones(SMALL), 0),
         lambda ranks: ranks.broadcast(torch.ones(LARGE), 0),
-        r"in all_gather of \d+ bytes, rank \d on another host in all_gather of",
+        r"in all_gather of \d+ bytes of float32, rank \d on another host in all_gather of",
+    ),
+    "dtype": (
+        lambda ranks: ranks.broadcast(torch.ones(SMALL), 0),
+        lambda ranks: ranks.broadcast(torch.ones(SMALL).int(), 0),
+        r"in all_gather of \d+ bytes of (float|int)32, rank \d on another host in all_gather of",
+    ),
+    "parts": (
+        lambda ranks: ranks.start_exchange(torch.ones(5), [1] * 5, [2] * 5).wait(),
+        lambda ranks: ranks.start_exchange(torch.ones(5), [1] * 5, [1] * 5).wait(),
+        r"all_to_all: rank 0 gives rank 0 4 bytes, which takes 8",
+    ),
+    "dtype of parts": (
+        lambda ranks: ranks.start_exchange(torch.ones(5), [1] * 5, [1] * 5).wait(),
+        lambda ranks: ranks.start_exchange(torch.ones(5).int(), [1] * 5, [1] * 5).wait(),
+        r"rank 0 is in all_to_all of (float|int)32, rank \d in all_to_all of (float|int)32",
     ),
     "cut": (
         lambda ranks: ranks.reduce_scatter(torch.ones(20_000), 0, [20_000, 0, 0, 0, 0]),
@@ -163,3 +180,26 @@ def test_a_group_that_has_failed() -> None:
         else:
             assert "a collective has failed before" in end.result[1]
     assert "rank 3 has left the group" in ends[2].result[0]
+
+
+def _interrupted() -> list[Any]:
+    """Ctrl-C on one host, which waits for the other."""
+    ranks = _ready(30.0)
+    if HOSTS[ranks.rank] == 1:
+        time.sleep(60)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+    begin = time.monotonic()
+    try:
+        ranks.all_reduce(torch.ones(SMALL))
+    except BaseException as error:
+        dist.destroy_process_group = lambda: None  # which waits for gloo
+        return [time.monotonic() - begin, type(error).__name__]
+    return []
+
+
+def test_control_c_while_waiting_for_another_host() -> None:
+    ends = crew.run(_interrupted, size=len(HOSTS), stuck=(2, 3, 4))
+    assert ends[0].result[1] == "KeyboardInterrupt", ends[0]
+    for end in ends[:2]:  # the second may see that the first has left
+        assert end.result[0] < 0.3 + 0.3 + BUSY

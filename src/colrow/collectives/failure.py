@@ -181,7 +181,9 @@ def find_fault(myself: int, mine: Position, others: Mapping[int, tuple[Position,
         return _name(
             late, lambda rank: f"rank {rank} came {positions[rank].since - first:.1f} s after the first"
         )
-    return Verdict((), "all its ranks are in it, but their tensors differ in size or the network is cut")
+    return Verdict(
+        (), "all its ranks are in it, but their tensors differ in size or dtype, or the network is cut"
+    )
 
 
 def _contradicts(position: Position, others: Iterable[Position]) -> bool:

@@ -22,6 +22,7 @@ from colrow.collectives.network import waits_for_network
 from colrow.collectives.pending import Pending, Step, Work
 from colrow.collectives.statistics import Call, CommStats, current_phase
 from colrow.transport import Memory, share_memory
+from colrow.transport.work import Interruptible
 
 _SAME_SIZE = ("all_reduce", "reduce_scatter", "broadcast")
 """Collectives whose payload is of one size on all ranks."""
@@ -106,6 +107,8 @@ class RankGroup:
         begin = time.perf_counter()
         try:
             work = start()
+            if self._is_gloo and isinstance(work, dist.Work):
+                work = Interruptible(work)
         except RuntimeError as error:
             raise diagnose(error, call, self.global_ranks) from error
         self.statistics.add_seconds(call, time.perf_counter() - begin)

@@ -78,6 +78,8 @@ def exchanged_shapes(
     Raises:
         ValueError: if the sizes do not fit the tensor or the group.
     """
+    if split_dimension == concat_dimension:
+        raise ValueError(f"parts of dimension {split_dimension} cannot be joined along it: name another one")
     split_sizes = check_sizes(split_sizes, ranks, 0)
     concat_sizes = check_sizes(concat_sizes, ranks, 0)
     if (

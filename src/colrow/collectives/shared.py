@@ -105,6 +105,7 @@ def reduce_scatter(memory: Memory, tensor: Tensor, dimension: int, sizes: Sequen
 
 def all_to_all(memory: Memory, source: Tensor, given: Sequence[int], taken: Sequence[int]) -> Plan:
     """Elements ``given`` to each rank, one after the other in ``source``, and ``taken`` from each alike."""
+    source = plain(source)
     received = source.new_empty(sum(taken))
     return lambda: memory.all_to_all(source, received, given, taken), lambda: received
 

@@ -24,9 +24,15 @@ class Group:
     def reduce_scatter(
         self, input: int, output: int, counts: int | tuple[int, ...], dtype: int, reduction: int, /
     ) -> int: ...
-    def all_gather(self, input: int, output: int, counts: int | tuple[int, ...], /) -> int: ...
+    def all_gather(self, input: int, output: int, counts: int | tuple[int, ...], dtype: int, /) -> int: ...
     def all_to_all(
-        self, input: int, output: int, given: int | tuple[int, ...], taken: int | tuple[int, ...], /
+        self,
+        input: int,
+        output: int,
+        given: int | tuple[int, ...],
+        taken: int | tuple[int, ...],
+        dtype: int,
+        /,
     ) -> int: ...
     def barrier(self) -> int: ...
     def problem(

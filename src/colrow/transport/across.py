@@ -18,6 +18,7 @@ from torch._C._distributed_c10d import AllgatherOptions, Store
 from torch.distributed import AllreduceOptions, AllToAllOptions, BroadcastOptions, ProcessGroupGloo, ReduceOp
 
 from colrow.transport.errors import TransportError
+from colrow.transport.work import wait_for
 
 MESSAGES_BYTES = 32 << 10
 """Size of the messages that begin a collective, of all hosts together."""
@@ -88,7 +89,7 @@ class Across:
         if reduction == "sum" and tensor.dtype in _SUMMED_BY_GLOO:
             options = AllreduceOptions()
             options.reduceOp, options.timeout = ReduceOp(ReduceOp.SUM), self._limit()
-            self._gloo.allreduce([tensor], options).wait()
+            wait_for(self._gloo.allreduce([tensor], options))
             return
         counts = even_parts(tensor.numel(), self._hosts)
         own = tensor.split(counts)[self._host]
@@ -122,11 +123,11 @@ class Across:
         is_small = size <= self._message_bytes - CALL_BYTES
         message = self._message(call, tensor if is_small else None)
         own = message[:CALL_BYTES].clone()
-        self._broadcast(message, host).wait()
+        wait_for(self._broadcast(message, host))
         if not torch.equal(own, message[:CALL_BYTES]):
             raise self._mismatch(own, message[:CALL_BYTES], host)
         if not is_small:
-            self._broadcast(tensor, host).wait()
+            wait_for(self._broadcast(tensor, host))
         elif self._host != host:
             _bytes(tensor).copy_(message[CALL_BYTES:][:size])
 
@@ -149,7 +150,7 @@ class Across:
         theirs = mine.new_empty(self._hosts * self._message_bytes)
         options = AllgatherOptions()
         options.timeout = self._limit()
-        self._gloo._allgather_base(theirs, mine, options).wait()
+        wait_for(self._gloo._allgather_base(theirs, mine, options))
         messages = theirs.view(self._hosts, -1)
         for host, message in enumerate(messages):
             if not torch.equal(message[:CALL_BYTES], mine[:CALL_BYTES]):
@@ -180,13 +181,14 @@ class Across:
         options = AllToAllOptions()
         options.timeout = self._limit()
         received = source.new_empty(own * self._hosts)
-        self._gloo.alltoall_base(
+        work = self._gloo.alltoall_base(
             _bytes(received),
             _bytes(source),
             [own * width] * self._hosts,
             [count * width for count in counts],
             options,
-        ).wait()
+        )
+        wait_for(work)
         combine(received.split([own] * self._hosts), reduction, result)
 
     def _all_gather(self, source: Tensor, result: Tensor, counts: Sequence[int]) -> None:
@@ -194,14 +196,14 @@ class Across:
         if len(set(counts)) == 1:
             options = AllgatherOptions()
             options.timeout = self._limit()
-            self._gloo._allgather_base(_bytes(result), _bytes(source), options).wait()
+            wait_for(self._gloo._allgather_base(_bytes(result), _bytes(source), options))
             return
         parts = result.split(list(counts))
         if parts[self._host].data_ptr() != source.data_ptr():
             parts[self._host].copy_(source)
         works = [self._broadcast(part, host) for host, part in enumerate(parts) if part.numel()]
         for work in works:
-            work.wait()
+            wait_for(work)
 
     def _broadcast(self, tensor: Tensor, host: int) -> Any:
         options = BroadcastOptions()

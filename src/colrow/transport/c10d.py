@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -18,6 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import AllgatherOptions, Store
 from torch.distributed import ProcessGroup, ProcessGroupGloo
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from colrow.transport.rendezvous import Memory, join
 from colrow.transport.work import Completed, Waiting
@@ -173,6 +175,16 @@ class SharedMemoryProcessGroup(ProcessGroup):
             return None, reduction
         return shared, reduction
 
+    def _counts(self, operation: str, parts: Sequence[Tensor], own: Tensor) -> tuple[int, ...]:
+        """Elements of each rank's part, of which ``own`` is this rank's."""
+        counts = tuple(part.numel() for part in parts)
+        if len(counts) != self._own_size or counts[self._own_rank] != own.numel():
+            raise ValueError(
+                f"{operation}: parts of {list(counts)} elements for {self._own_size} ranks, where this one's "
+                f"(number {self._own_rank}) has {own.numel()}"
+            )
+        return counts
+
     def _run(self, operation: str, function: Callable[[], None], result: list[Tensor]) -> dist.Work:
         Waiting(operation, self._global_ranks).wait(function)
         return Completed(result)
@@ -181,7 +193,7 @@ class SharedMemoryProcessGroup(ProcessGroup):
         opts = opts or dist.AllreduceOptions()
         shared, reduction = self._reduces("all_reduce", tensors, opts.reduceOp)
         if shared is None:
-            return self._reduce_through_gloo(tensors, opts)
+            return self._reduce_through_gloo([real(tensor) for tensor in tensors], opts)
 
         def run() -> None:
             for tensor in tensors:
@@ -203,7 +215,7 @@ class SharedMemoryProcessGroup(ProcessGroup):
             if tensor.dtype in _HALF and self._own_size > 2:
                 wide = tensor.float()
                 self._gloo.allreduce([wide], single).wait()
-                tensor.copy_(wide)
+                _copy_back(wide, tensor)
             else:
                 works.append(self._gloo.allreduce([tensor], single))
         if len(works) == 1 and len(tensors) == 1:
@@ -216,7 +228,7 @@ class SharedMemoryProcessGroup(ProcessGroup):
         opts = opts or dist.BroadcastOptions()
         shared = self._shares("broadcast", tensors)
         if shared is None:
-            return self._gloo.broadcast(tensors, opts)
+            return self._gloo.broadcast([real(tensor) for tensor in tensors], opts)
 
         def run() -> None:
             for tensor in tensors:
@@ -230,16 +242,17 @@ class SharedMemoryProcessGroup(ProcessGroup):
         opts = opts or AllgatherOptions()
         shared = self._shares("all_gather", inputs)
         if shared is None:
-            return self._gloo.allgather(outputs, inputs, opts)
+            parts = [[real(part) for part in one] for one in outputs]
+            return self._gloo.allgather(parts, [real(tensor) for tensor in inputs], opts)
 
         def run() -> None:
             for parts, source in zip(outputs, inputs, strict=True):
                 _check_dtypes([source, *parts])
-                counts = tuple(part.numel() for part in parts)
+                counts = self._counts("all_gather", parts, source)
                 result = source.new_empty(sum(counts))
                 shared.all_gather(plain(source), result, counts)
                 for part, piece in zip(parts, result.split(counts), strict=True):
-                    part.copy_(piece.view_as(part))
+                    _copy_back(piece.view_as(part), part)
 
         return self._run("all_gather", run, [part for parts in outputs for part in parts])
 
@@ -253,7 +266,7 @@ class SharedMemoryProcessGroup(ProcessGroup):
         shared = self._shares("all_gather", [*outputs, *inputs])
         if shared is None:
             works = [
-                self._gloo._allgather_base(output, source, opts)
+                self._gloo._allgather_base(real(output), real(source), opts)
                 for output, source in zip(outputs, inputs, strict=True)
             ]
             return _last(works, outputs)
@@ -278,14 +291,16 @@ class SharedMemoryProcessGroup(ProcessGroup):
         opts = opts or dist.ReduceScatterOptions()
         shared, reduction = self._reduces("reduce_scatter", outputs, opts.reduceOp)
         if shared is None:
-            return self._gloo.reduce_scatter(outputs, inputs, opts)
+            parts = [[real(part) for part in one] for one in inputs]
+            return self._gloo.reduce_scatter([real(tensor) for tensor in outputs], parts, opts)
 
         def run() -> None:
             for output, parts in zip(outputs, inputs, strict=True):
                 _check_dtypes([output, *parts])
+                counts = self._counts("reduce_scatter", parts, output)
                 source = torch.cat([part.reshape(-1) for part in parts])
                 buffer = plain(output)
-                shared.reduce_scatter(source, buffer, tuple(part.numel() for part in parts), reduction)
+                shared.reduce_scatter(source, buffer, counts, reduction)
                 _copy_back(buffer, output)
 
         return self._run("reduce_scatter", run, outputs)
@@ -300,7 +315,7 @@ class SharedMemoryProcessGroup(ProcessGroup):
         shared, reduction = self._reduces("reduce_scatter", [*outputs, *inputs], opts.reduceOp)
         if shared is None:
             works = [
-                self._gloo._reduce_scatter_base(output, source, opts)
+                self._gloo._reduce_scatter_base(real(output), real(source), opts)
                 for output, source in zip(outputs, inputs, strict=True)
             ]
             return _last(works, outputs)
@@ -331,7 +346,7 @@ class SharedMemoryProcessGroup(ProcessGroup):
         shared = self._shares("all_to_all", [output, input])
         if shared is None:
             return self._gloo.alltoall_base(
-                output, input, list(output_split_sizes), list(input_split_sizes), opts
+                real(output), real(input), list(output_split_sizes), list(input_split_sizes), opts
             )
 
         def run() -> None:
@@ -352,7 +367,7 @@ class SharedMemoryProcessGroup(ProcessGroup):
         result = source.new_empty(sum(taken))
         self.all_to_all_single(result, source, taken, given, opts).wait()
         for output, piece in zip(outputs, result.split(taken), strict=True):
-            output.copy_(piece.view_as(output))
+            _copy_back(piece.view_as(output), output)
         return Completed(outputs)
 
     def barrier(self, opts: Any = None) -> dist.Work:
@@ -371,13 +386,33 @@ class SharedMemoryProcessGroup(ProcessGroup):
 
 
 def plain(tensor: Tensor) -> Tensor:
-    """The tensor as it can be read from its address: contiguous, its numbers as they are."""
-    return tensor.resolve_conj().resolve_neg().contiguous()
+    """The tensor as it can be read from its address: contiguous, its numbers as they are.
+
+    Raises:
+        ValueError: see :func:`real`.
+    """
+    return real(tensor).resolve_conj().resolve_neg().contiguous()
+
+
+def real(tensor: Tensor) -> Tensor:
+    """The tensor that has the memory: what a functional collective gives, perhaps under way, has none.
+
+    Raises:
+        ValueError: if it is of another type that only wraps tensors.
+    """
+    kind: type = type(tensor)
+    untyped: Any = tensor
+    if kind is Tensor or not is_traceable_wrapper_subclass(untyped):
+        return tensor
+    if issubclass(kind, AsyncCollectiveTensor):
+        return cast(Tensor, cast(Any, tensor).trigger_wait())
+    raise ValueError(f"a {kind.__name__} has no memory of its own: give collectives its local tensor")
 
 
 def _copy_back(buffer: Tensor, tensor: Tensor) -> None:
+    """Into a tensor whose memory was not written to itself; also one that requires a gradient."""
     if buffer is not tensor:
-        tensor.copy_(buffer)
+        tensor.detach().copy_(buffer)
 
 
 def _check_dtypes(tensors: Sequence[Tensor]) -> None:

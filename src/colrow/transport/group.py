@@ -30,6 +30,17 @@ DTYPES = {
     torch.bool: 12,
 }
 """What can be reduced, by the native code's number."""
+_MOVED = (
+    "complex32 complex64 complex128 float8_e4m3fn float8_e4m3fnuz float8_e5m2 float8_e5m2fnuz float8_e8m0fnu"
+)
+NUMBERS = DTYPES | {
+    getattr(torch, name): number
+    for number, name in enumerate(_MOVED.split(), len(DTYPES))
+    if hasattr(torch, name)
+}
+"""What the ranks' calls are compared by: of tensors that can only be moved, too."""
+OTHER = 63
+"""The number of all further dtypes."""
 REDUCTIONS = {"sum": 0, "product": 1, "min": 2, "max": 3, "avg": 4, "band": 5, "bor": 6, "bxor": 7}
 OPERATIONS = ("barrier", "all_reduce", "reduce_scatter", "all_gather", "all_to_all")
 ONE_SHOT_BYTES = 128 << 10
@@ -45,7 +56,8 @@ ONE_SHOT_BYTES = 128 << 10
     CLOSED,
     FORKED,
     REFUSED,
-) = range(9)
+    NESTED,
+) = range(10)
 
 
 class SharedGroup:
@@ -105,7 +117,7 @@ class SharedGroup:
             source.data_ptr(), result.data_ptr(), source.numel(), DTYPES[source.dtype], REDUCTIONS[reduction]
         )
         if outcome:
-            self._raise()
+            self._raise(outcome)
 
     def reduce_scatter(
         self,
@@ -129,7 +141,7 @@ class SharedGroup:
             REDUCTIONS[reduction],
         )
         if outcome:
-            self._raise()
+            self._raise(outcome)
 
     def all_gather(self, source: Tensor, result: Tensor, counts: tuple[int, ...] | None = None) -> None:
         """All ranks' tensors, one after the other in ``result``.
@@ -138,18 +150,20 @@ class SharedGroup:
         """
         width = source.element_size()
         size = source.numel() * width if counts is None else tuple(count * width for count in counts)
-        outcome = self._native.all_gather(source.data_ptr(), result.data_ptr(), size)
+        dtype = NUMBERS.get(source.dtype, OTHER)
+        outcome = self._native.all_gather(source.data_ptr(), result.data_ptr(), size, dtype)
         if outcome:
-            self._raise()
+            self._raise(outcome)
 
     def broadcast(self, tensor: Tensor, source: int) -> None:
         """Fill ``tensor`` with that of the rank ``source``."""
         counts = [0] * self.size
         counts[source] = tensor.numel() * tensor.element_size()
         address = tensor.data_ptr()
-        outcome = self._native.all_gather(address, address, tuple(counts))
+        dtype = NUMBERS.get(tensor.dtype, OTHER)
+        outcome = self._native.all_gather(address, address, tuple(counts), dtype)
         if outcome:
-            self._raise()
+            self._raise(outcome)
 
     def reduce(self, source: Tensor, result: Tensor, destination: int, reduction: str = "sum") -> None:
         """The reduction, into ``result`` of rank ``destination``; not in place; others' ``result`` stays."""
@@ -174,15 +188,16 @@ class SharedGroup:
             result.data_ptr(),
             _part_bytes(source, given, self.size, width),
             _part_bytes(result, taken, self.size, width),
+            NUMBERS.get(source.dtype, OTHER),
         )
         if outcome:
-            self._raise()
+            self._raise(outcome)
 
     def barrier(self) -> None:
         """Return once every rank has called this."""
         outcome = self._native.barrier()
         if outcome:
-            self._raise()
+            self._raise(outcome)
 
     def counters(self) -> dict[str, int]:
         """How many waits were over while this rank spun, yielded and slept."""
@@ -192,8 +207,12 @@ class SharedGroup:
         """Leave; the others notice if they wait for this rank. The last one's leaving frees the memory."""
         self._native.close()
 
-    def _raise(self) -> NoReturn:
-        outcome, rank, finder, calls = self._native.problem()
+    def _raise(self, outcome: int) -> NoReturn:
+        if outcome == NESTED:
+            raise ValueError(
+                "a signal handler has called a collective of the group in which this thread waits: raise an "
+                "exception there, or set a flag that the program looks at between collectives"
+            )
         if outcome == FORKED:
             raise ValueError(
                 "this process was forked from a rank, whose shared memory it does not have: start processes "
@@ -201,6 +220,7 @@ class SharedGroup:
             )
         if outcome == REFUSED:
             raise ValueError("the ranks cannot do this in shared memory: the arguments do not fit together")
+        outcome, rank, finder, calls = self._native.problem()
         if outcome == CLOSED and rank == self.rank:
             raise TransportError("this rank has left the group")
         who = self.global_ranks[rank] if rank >= 0 else -1
@@ -239,9 +259,10 @@ def _part_bytes(
 def describe_call(operation: int, dtype: int, reduction: int, count: int) -> str:
     """A call as errors name it, from its numbers."""
     name = OPERATIONS[operation]
+    known = next((one for one, number in NUMBERS.items() if number == dtype), "another dtype")
+    kind = str(known).removeprefix("torch.")
     if name in ("all_reduce", "reduce_scatter"):
-        kind = str(list(DTYPES)[dtype]).removeprefix("torch.")
         return f"{name} ({list(REDUCTIONS)[reduction]}) of {count} {kind}"
     if name == "all_to_all":
-        return f"{name}, {count} bytes from one to the other" if count else name
-    return f"{name} of {count} bytes" if name == "all_gather" else name
+        return f"{name}, {count} bytes from one to the other" if count else f"{name} of {kind}"
+    return f"{name} of {count} bytes of {kind}" if name == "all_gather" else name

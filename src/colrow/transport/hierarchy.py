@@ -18,7 +18,8 @@ from torch import Tensor
 
 from colrow.transport.across import Across, Call, can_combine, even_parts
 from colrow.transport.errors import TransportError
-from colrow.transport.group import DTYPES, OPERATIONS, REDUCTIONS, SharedGroup
+from colrow.transport.group import NUMBERS, OPERATIONS, OTHER, REDUCTIONS, SharedGroup, describe_call
+from colrow.transport.work import wait_for
 
 MOST_CARRIERS = 4
 """Of each host: more streams between two hosts are hardly faster."""
@@ -163,12 +164,42 @@ class HierarchicalGroup:
         """Parts of ``source`` to each rank, through gloo; see :meth:`SharedGroup.all_to_all`."""
         with self._call("all_to_all", source, "", 0):
             width = source.element_size()
-            self._whole.alltoall_base(
+            taken_bytes = [count * width for count in taken or even_parts(result.numel(), self.size)]
+            given_bytes = [count * width for count in given or even_parts(source.numel(), self.size)]
+            self._compare_parts(source.dtype, given_bytes, taken_bytes)
+            work = self._whole.alltoall_base(
                 result.reshape(-1).view(torch.uint8),
                 source.reshape(-1).view(torch.uint8),
-                [count * width for count in taken or even_parts(result.numel(), self.size)],
-                [count * width for count in given or even_parts(source.numel(), self.size)],
-            ).wait()
+                taken_bytes,
+                given_bytes,
+            )
+            wait_for(work)
+
+    def _compare_parts(self, dtype: torch.dtype, given: Sequence[int], taken: Sequence[int]) -> None:
+        """All ranks see whether all fit: gloo would take a shorter part without a word.
+
+        Raises:
+            TransportError: if dtypes differ, or a rank takes other than what one gives it, in bytes.
+        """
+        own = torch.tensor([NUMBERS.get(dtype, OTHER), *given, *taken])
+        told = own.new_empty(self.size * own.numel())
+        self.all_gather(own, told)
+        numbers, gives, takes = told.view(self.size, -1).split([1, self.size, self.size], 1)
+        ranks = self.global_ranks
+        calls = [
+            describe_call(OPERATIONS.index("all_to_all"), number, 0, 0) for number in numbers[:, 0].tolist()
+        ]
+        other = next((rank for rank, call in enumerate(calls) if call != calls[0]), 0)
+        if other:
+            raise TransportError(
+                f"rank {ranks[0]} is in {calls[0]}, rank {ranks[other]} in {calls[other]}", is_mismatch=True
+            )
+        for giver, taker in (gives != takes.t()).nonzero().tolist():
+            raise TransportError(
+                f"all_to_all: rank {ranks[giver]} gives rank {ranks[taker]} {gives[giver, taker]} bytes, "
+                f"which takes {takes[taker, giver]}",
+                is_mismatch=True,
+            )
 
     def barrier(self) -> None:
         """Return once every rank has called this."""
@@ -203,7 +234,7 @@ class HierarchicalGroup:
                 raise TransportError(self._problem)
             self._calls += 1
             name = operation if operation in OPERATIONS else "all_gather"
-            dtype = DTYPES.get(tensor.dtype, 0) if reduction else 0
+            dtype = NUMBERS.get(tensor.dtype, OTHER)
             number = REDUCTIONS[reduction] if reduction else 0
             amount = count if reduction else count * tensor.element_size()
             checksum = zlib.crc32(repr((operation, list(cut))).encode())
@@ -216,7 +247,8 @@ class HierarchicalGroup:
                 self._problem = self._problem or f"a collective has failed before: {error}"
                 if self._inside is not None:
                     self._inside.close()
-                self._release_across()
+                if isinstance(error, Exception):  # else gloo would keep an interrupted rank until the timeout
+                    self._release_across()
                 if isinstance(error, RuntimeError) and not isinstance(error, TransportError):
                     raise TransportError(f"between hosts: {error}") from error
                 raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
@@ -15,6 +16,37 @@ from colrow.transport.errors import TransportError
 
 LABEL = "torch.distributed"
 """Labels are colrow's own collectives'; this is that of all others."""
+
+
+LOOK = timedelta(seconds=0.1)
+"""How often a rank that waits for gloo lets Python look for signals."""
+
+
+def wait_for(work: Any) -> None:
+    """Wait for a collective of gloo's, so that Ctrl-C works meanwhile: gloo's own wait ends for no signal.
+
+    Raises:
+        RuntimeError: as gloo, if the collective does not complete.
+    """
+    while not work.is_completed():
+        try:
+            work.wait(LOOK)
+            return
+        except RuntimeError:
+            if work.is_completed():  # now or in between: it may have failed or not
+                break
+    work.wait()
+
+
+class Interruptible:
+    """A collective of gloo's under way; see :func:`wait_for`."""
+
+    def __init__(self, work: Any) -> None:
+        self._work = work
+
+    def wait(self) -> None:
+        """Return once it is complete."""
+        wait_for(self._work)
 
 
 class Completed(dist.Work):

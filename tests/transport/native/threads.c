@@ -78,7 +78,7 @@ static void *run(void *argument) {
       }
     } else if (kind == 3) {
       for (size_t i = 0; i < counts[rank]; i++) input[i] = number(rank, operation, i);
-      outcome = group_all_gather(&group, input, output, bytes, 0);
+      outcome = group_all_gather(&group, input, output, bytes, 0, 0);
       for (int other = 0; other < ranks; other++)
         for (size_t i = 0; i < counts[other]; i++)
           expect(output[starts[other] + i] == number(other, operation, i), "all-gather", rank, operation);
@@ -89,7 +89,7 @@ static void *run(void *argument) {
       size_t place = 0;
       for (int other = 0; other < ranks; other++)
         for (size_t i = 0; i < taken[other] / sizeof(float); i++) input[place++] = number(rank, other, i);
-      outcome = group_all_to_all(&group, input, output, taken, taken);
+      outcome = group_all_to_all(&group, input, output, taken, taken, 0);
       place = 0;
       for (int other = 0; other < ranks; other++)
         for (size_t i = 0; i < taken[other] / sizeof(float); i++)

@@ -27,7 +27,7 @@ static enum outcome gather_parts(group_t *group, size_t index, uint64_t tag, cha
 }
 
 enum outcome group_all_gather(group_t *group, const void *input, void *output, const size_t *counts,
-                              size_t count) {
+                              size_t count, uint32_t dtype) {
   size_t starts[MAX_RANKS + 1] = {0}, largest = 0;
   for (int rank = 0; rank < group->ranks; rank++) {
     size_t own = counts ? counts[rank] : count;
@@ -37,7 +37,7 @@ enum outcome group_all_gather(group_t *group, const void *input, void *output, c
   size_t rounds = largest ? divide_up(largest, group->layout.chunk) : 1;
   size_t own = starts[group->rank + 1] - starts[group->rank];
   char *place = (char *)output + starts[group->rank];
-  call_t call = describe(ALL_GATHER, 0, 0, starts[group->ranks]);
+  call_t call = describe(ALL_GATHER, dtype, 0, starts[group->ranks]);
   describe_cut(&call, counts, group->ranks);
   uint64_t tag;
   enum outcome outcome = begin_call(group, &call, (uint32_t)rounds, &tag);
@@ -111,7 +111,7 @@ static enum outcome take_from_each(group_t *group, const exchange_t *exchange, u
 
 /* The first round tells everybody what everybody gives; the rest moves it. */
 static enum outcome exchange_in_rounds(group_t *group, uint64_t tag, const char *input, char *output,
-                                       const size_t *given, const size_t *taken) {
+                                       const size_t *given, const size_t *taken, uint32_t dtype) {
   member_t *members = group->header->members;
   /* nobody reads what was given in the last all-to-all any more: all had read it when they staged its data */
   for (int rank = 0; rank < group->ranks; rank++) members[group->rank].given[rank] = given[rank];
@@ -119,8 +119,8 @@ static enum outcome exchange_in_rounds(group_t *group, uint64_t tag, const char 
   TRY(wait_for_calls(group, tag));
   FOR_OTHERS(group, other) {
     if (members[other].given[group->rank] == taken[other]) continue;
-    group->problem.mine = describe(ALL_TO_ALL, 0, 0, taken[other]);
-    group->problem.theirs = describe(ALL_TO_ALL, 0, 0, members[other].given[group->rank]);
+    group->problem.mine = describe(ALL_TO_ALL, dtype, 0, taken[other]);
+    group->problem.theirs = describe(ALL_TO_ALL, dtype, 0, members[other].given[group->rank]);
     group->problem.has_calls = 1;
     return fail(group, MISMATCH, other);
   }
@@ -141,11 +141,11 @@ static enum outcome exchange_in_rounds(group_t *group, uint64_t tag, const char 
 }
 
 enum outcome group_all_to_all(group_t *group, const void *input, void *output, const size_t *given,
-                              const size_t *taken) {
+                              const size_t *taken, uint32_t dtype) {
   if (given[group->rank] != taken[group->rank]) return REFUSED;
-  call_t call = describe(ALL_TO_ALL, 0, 0, 0);
+  call_t call = describe(ALL_TO_ALL, dtype, 0, 0);
   uint64_t tag;
   enum outcome outcome = begin_call(group, &call, 1, &tag);
-  if (outcome == DONE) outcome = exchange_in_rounds(group, tag, input, output, given, taken);
+  if (outcome == DONE) outcome = exchange_in_rounds(group, tag, input, output, given, taken, dtype);
   return end_call(group, outcome);
 }

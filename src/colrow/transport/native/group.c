@@ -84,7 +84,7 @@ enum outcome begin_call(group_t *group, const call_t *call, uint32_t rounds, uin
   group->last = group->round + rounds;
   if (group->round - group->refreshed > STALE_ROUNDS) read_flags_again(group);
   /* exact as long as count is below 2^48 and the cut is equal; else a checksum of 64 bits */
-  *tag = ((uint64_t)call->operation << 60 | (uint64_t)call->dtype << 56 | (uint64_t)call->reduction << 48 |
+  *tag = ((uint64_t)call->operation << 60 | (uint64_t)call->dtype << 54 | (uint64_t)call->reduction << 48 |
           (call->count & 0xffffffffffff)) ^ call->cut;
   member_t *own = &group->header->members[group->rank];
   /* the slot was last used MAX_SLOTS rounds ago: whoever has not yet read that has not REDUCED it either */

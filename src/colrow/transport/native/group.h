@@ -17,6 +17,7 @@ enum outcome {
   CLOSED = 6,      /* this rank has closed the group */
   FORKED = 7,      /* this process is a child of the rank's */
   REFUSED = 8,     /* arguments that make no sense */
+  NESTED = 9,      /* a signal handler calls while its thread waits in a collective of the group */
 };
 
 enum operation { BARRIER, ALL_REDUCE, REDUCE_SCATTER, ALL_GATHER, ALL_TO_ALL };
@@ -68,15 +69,16 @@ void group_watch_forks(void);
 
 /* The collectives, one at a time: DONE, or what went wrong, with more in group->problem. In- and output may be the same
  * memory for all_reduce; else they must not overlap, but all_gather's input may be its place in the output.
- * counts is NULL where all ranks have count. After a failure the group is of no use any more. */
+ * counts is NULL where all ranks have count. Where data is only moved, counts are bytes, and dtype, a number below
+ * 64, is compared with the others' alone. After a failure the group is of no use any more. */
 enum outcome group_barrier(group_t *group);
 enum outcome group_all_reduce(group_t *group, const void *input, void *output, size_t count,
                               enum dtype dtype, enum reduction reduction);
 enum outcome group_reduce_scatter(group_t *group, const void *input, void *output, const size_t *counts,
                                   size_t count, enum dtype dtype, enum reduction reduction);
 enum outcome group_all_gather(group_t *group, const void *input, void *output, const size_t *counts,
-                              size_t count);
+                              size_t count, uint32_t dtype);
 enum outcome group_all_to_all(group_t *group, const void *input, void *output, const size_t *given,
-                              const size_t *taken);
+                              const size_t *taken, uint32_t dtype);
 
 #endif

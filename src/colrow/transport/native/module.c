@@ -2,12 +2,13 @@
  * Tensors come as addresses: whoever calls this has checked their dtype, size and contiguity. */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
+#include <errno.h>
 #include <unistd.h>
 
 #include "group.h"
 
 /* Of what Python calls here: an extension that was built for other Python code is not used. */
-enum { INTERFACE_VERSION = 1 };
+enum { INTERFACE_VERSION = 2 };
 
 typedef struct {
   PyObject_HEAD
@@ -16,6 +17,7 @@ typedef struct {
   pthread_mutex_t mutex; /* held during a collective, and when the memory is unmapped */
   PyThreadState *released;
   int is_open;
+  int leaves; /* once the collective under way is over: closed by a signal handler that came within it */
 } Group;
 
 /* Called from within a wait, without the interpreter's lock. */
@@ -32,13 +34,22 @@ static int tick(group_t *group) {
   return raised;
 }
 
-/* Before a collective: one thread after the other. */
+/* Before a collective: one thread after the other. A signal handler that runs while this thread waits in a
+ * collective would wait for itself. */
 static enum outcome enter(Group *self) {
   if (group_is_forked(&self->group)) return FORKED;
-  pthread_mutex_lock(&self->mutex);
+  if (pthread_mutex_lock(&self->mutex) == EDEADLK) return NESTED;
   if (self->is_open) return DONE;
   pthread_mutex_unlock(&self->mutex);
   return CLOSED;
+}
+
+/* With the mutex: the last use of the memory. */
+static void release(Group *self) {
+  if (!self->is_open) return;
+  self->is_open = 0;
+  arena_unmap(&self->group.layout, self->group.header);
+  close(self->group.file); /* and with it goes the lock that says that this rank lives */
 }
 
 /* Run a collective; the outcome as a number, or NULL where a signal handler has raised. */
@@ -50,8 +61,9 @@ static enum outcome enter(Group *self) {
       (self)->released = released_;                                        \
       outcome_ = (expression);                                             \
       released_ = (self)->released;                                        \
+      if ((self)->leaves) release(self);                                   \
       pthread_mutex_unlock(&(self)->mutex);                                \
-    } else {                                                               \
+    } else if (outcome_ != NESTED) {                                       \
       (self)->group.problem = (problem_t){.outcome = outcome_, .rank = (self)->group.rank}; \
     }                                                                      \
     PyEval_RestoreThread(released_);                                       \
@@ -78,6 +90,9 @@ static int read_counts(Group *self, PyObject *object, size_t *counts, const size
   *count = 0;
   return PyErr_Occurred() ? -1 : 0;
 }
+
+/* Six bits of what the ranks compare tell the dtype. */
+static int can_compare(long dtype) { return dtype >= 0 && dtype < 64; }
 
 static int expect(Py_ssize_t got, Py_ssize_t wanted) {
   if (got == wanted) return 0;
@@ -112,24 +127,28 @@ static PyObject *reduce_scatter(Group *self, PyObject *const *arguments, Py_ssiz
 static PyObject *all_gather(Group *self, PyObject *const *arguments, Py_ssize_t number) {
   size_t counts[MAX_RANKS], count;
   const size_t *given;
-  if (expect(number, 3)) return NULL;
+  if (expect(number, 4)) return NULL;
   const void *input = address(arguments[0]);
   void *output = address(arguments[1]);
+  long dtype = PyLong_AsLong(arguments[3]);
   if (PyErr_Occurred() || read_counts(self, arguments[2], counts, &given, &count)) return NULL;
-  RUN(self, group_all_gather(&self->group, input, output, given, count));
+  if (!can_compare(dtype)) return PyLong_FromLong(REFUSED);
+  RUN(self, group_all_gather(&self->group, input, output, given, count, (uint32_t)dtype));
 }
 
 static PyObject *all_to_all(Group *self, PyObject *const *arguments, Py_ssize_t number) {
   size_t counts[2][MAX_RANKS], count;
   const size_t *given, *taken;
-  if (expect(number, 4)) return NULL;
+  if (expect(number, 5)) return NULL;
   const void *input = address(arguments[0]);
   void *output = address(arguments[1]);
+  long dtype = PyLong_AsLong(arguments[4]);
   if (PyErr_Occurred() || read_counts(self, arguments[2], counts[0], &given, &count)) return NULL;
   for (int rank = 0; !given && rank < self->group.ranks; rank++) counts[0][rank] = count;
   if (read_counts(self, arguments[3], counts[1], &taken, &count)) return NULL;
   for (int rank = 0; !taken && rank < self->group.ranks; rank++) counts[1][rank] = count;
-  RUN(self, group_all_to_all(&self->group, input, output, counts[0], counts[1]));
+  if (!can_compare(dtype)) return PyLong_FromLong(REFUSED);
+  RUN(self, group_all_to_all(&self->group, input, output, counts[0], counts[1], (uint32_t)dtype));
 }
 
 static PyObject *barrier(Group *self, PyObject *none) {
@@ -160,14 +179,12 @@ static void leave(Group *self) {
   }
   group_leave(&self->group); /* a collective under way in another thread ends */
   Py_BEGIN_ALLOW_THREADS
-  pthread_mutex_lock(&self->mutex);
-  int was_open = self->is_open;
-  self->is_open = 0;
-  if (was_open) {
-    arena_unmap(&self->group.layout, self->group.header);
-    close(self->group.file); /* and with it goes the lock that says that this rank lives */
+  if (pthread_mutex_lock(&self->mutex) == EDEADLK) {
+    self->leaves = 1;
+  } else {
+    release(self);
+    pthread_mutex_unlock(&self->mutex);
   }
-  pthread_mutex_unlock(&self->mutex);
   Py_END_ALLOW_THREADS
 }
 
@@ -217,7 +234,11 @@ static PyObject *new_group(PyTypeObject *type, PyObject *arguments, PyObject *ke
   self->group.tick = tick;
   self->group.owner = self;
   self->tick = Py_NewRef(called);
-  pthread_mutex_init(&self->mutex, NULL);
+  pthread_mutexattr_t kind;
+  pthread_mutexattr_init(&kind);
+  pthread_mutexattr_settype(&kind, PTHREAD_MUTEX_ERRORCHECK);
+  pthread_mutex_init(&self->mutex, &kind);
+  pthread_mutexattr_destroy(&kind);
   self->is_open = 1;
   return (PyObject *)self;
 }
@@ -247,8 +268,8 @@ static void deallocate(Group *self) {
 static PyMethodDef methods[] = {
     {"all_reduce", FAST(all_reduce), "(input, output, count, dtype, reduction) -> outcome"},
     {"reduce_scatter", FAST(reduce_scatter), "(input, output, counts, dtype, reduction) -> outcome"},
-    {"all_gather", FAST(all_gather), "(input, output, bytes) -> outcome"},
-    {"all_to_all", FAST(all_to_all), "(input, output, bytes given, bytes taken) -> outcome"},
+    {"all_gather", FAST(all_gather), "(input, output, bytes, dtype) -> outcome"},
+    {"all_to_all", FAST(all_to_all), "(input, output, bytes given, bytes taken, dtype) -> outcome"},
     {"barrier", (PyCFunction)barrier, METH_NOARGS, "() -> outcome"},
     {"problem", (PyCFunction)problem, METH_NOARGS, "(outcome, rank, found_by, (mine, theirs) or None)"},
     {"counters", (PyCFunction)counters, METH_NOARGS, "how many waits ended while spinning, yielding, asleep"},
