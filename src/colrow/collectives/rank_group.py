@@ -107,7 +107,7 @@ class RankGroup:
         begin = time.perf_counter()
         try:
             work = start()
-            if self._is_gloo and isinstance(work, dist.Work):
+            if self.serves_cpus and isinstance(work, dist.Work):
                 work = Interruptible(work)
         except RuntimeError as error:
             raise diagnose(error, call, self.global_ranks) from error
