@@ -207,17 +207,20 @@ class SharedMemoryProcessGroup(ProcessGroup):
         return self.allreduce(tensors, opts or dist.AllreduceCoalescedOptions())
 
     def _reduce_through_gloo(self, tensors: list[Tensor], opts: Any) -> dist.Work:
-        """Gloo adds half-precision numbers in half precision, which above two ranks rounds repeatedly."""
+        """Gloo adds half precision in half precision, which above two ranks rounds repeatedly."""
         single = dist.AllreduceOptions()
         single.reduceOp, single.timeout = opts.reduceOp, opts.timeout
         works = []
         for tensor in tensors:
-            if tensor.dtype in _HALF and self._own_size > 2:
-                wide = tensor.float()
-                self._gloo.allreduce([wide], single).wait()
-                _copy_back(wide, tensor)
+            is_widened = tensor.dtype in _HALF and self._own_size > 2
+            # of one that is not contiguous gloo reduces some of the numbers
+            buffer = tensor.float() if is_widened else plain(tensor)
+            work = self._gloo.allreduce([buffer], single)
+            if buffer is tensor:
+                works.append(work)
             else:
-                works.append(self._gloo.allreduce([tensor], single))
+                work.wait()
+                _copy_back(buffer, tensor)
         if len(works) == 1 and len(tensors) == 1:
             return works[0]
         for work in works:
