@@ -214,7 +214,8 @@ class SharedMemoryProcessGroup(ProcessGroup):
         for tensor in tensors:
             is_widened = tensor.dtype in _HALF and self._own_size > 2
             # of one that is not contiguous gloo reduces some of the numbers
-            buffer = tensor.float() if is_widened else plain(tensor)
+            is_strided = tensor.layout == torch.strided
+            buffer = tensor.float() if is_widened else plain(tensor) if is_strided else tensor
             work = self._gloo.allreduce([buffer], single)
             if buffer is tensor:
                 works.append(work)
