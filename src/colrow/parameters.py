@@ -58,8 +58,8 @@ def global_grad_norm(model: nn.Module, norm_type: float = 2.0) -> Tensor:
     One all-reduce of a few numbers, which also checks that the ranks have gone through the same collectives.
     Sharded gradients are summed over the tensor-parallel ranks; replicated, shared and tied ones count once.
     What FSDP has cut over data-parallel ranks is summed over those first, and that of experts over the ranks
-    that divide them: one more all-reduce each, and another so that these agree to the last bit; what the
-    stages of a pipeline have, over those at last: another.
+    that divide them: one more all-reduce each; what the stages of a pipeline have, over those: another.
+    Replicas agree on it to the last bit, by one more.
 
     Args:
         model: a parallelized model after backward.
@@ -76,10 +76,14 @@ def global_grad_norm(model: nn.Module, norm_type: float = 2.0) -> Tensor:
 
 def _norm_of(parameters: Sequence[PlacedParameter], state: ParallelState, norm_type: float) -> Tensor:
     norm = _norm_of_replica(parameters, state, norm_type)
-    if state.experts is None:
+    if state.replicas is not None:
+        shared = state.replicas.shared
+    elif state.experts is not None:
+        shared = communicator(replicas(state.mesh))
+    else:
         return norm
-    # ranks that divide experts share everything else: their sums may end in other last bits
-    return _total(norm.reshape(1), communicator(replicas(state.mesh)), True).reshape(())
+    # what they hold alike is scaled by it, and their sums may end in other last bits
+    return _total(norm.reshape(1), shared, True).reshape(()) if shared.size > 1 else norm
 
 
 def _norm_of_replica(parameters: Sequence[PlacedParameter], state: ParallelState, norm_type: float) -> Tensor:

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from colrow.collectives import Communicator
 from colrow.collectives.texts import all_gather_texts
-from colrow.data_shards import held
+from colrow.data_shards import data_groups, held
 from colrow.errors import PlanError
-from colrow.state import PipelineShare, PlacedParameter, placed_parameters, state_of
+from colrow.state import PipelineShare, PlacedParameter, ReplicaGroups, placed_parameters, state_of
 
 _CHUNK = 1 << 17
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}
@@ -62,14 +62,23 @@ def check_equal_weights(
         only: which parameters; default: all.
 
     Raises:
-        PlanError: naming the first parameter that differs; on every rank.
+        PlanError: naming the first parameter that differs, or that is trained on some ranks only; on every
+            rank.
     """
-    named = [
-        (name, one)
-        for name, one in model.named_parameters()
-        if not one.is_meta and (only is None or only(one))
-    ]
-    found = first_difference([one for _, one in named], ranks, "compare the ranks' weights")
+    chosen = [(name, one) for name, one in model.named_parameters() if only is None or only(one)]
+    named = [(name, one) for name, one in chosen if not one.is_meta]
+    # the last of what is compared says which are trained: two ranks that train others wait for each other
+    device = named[0][1].device if named else torch.device("cpu")
+    trained = torch.tensor([one.requires_grad for _, one in chosen], device=device)
+    found = first_difference([*(one for _, one in named), trained], ranks, "compare the ranks' weights")
+    if found == len(named):
+        everyone = ranks.all_gather(trained.int()[None], 0, label="compare the ranks' weights")
+        first = int((everyone != everyone[:1]).any(0).nonzero()[0])
+        raise PlanError(
+            chosen[first][0],
+            "some ranks train it, and on others it is frozen",
+            "Set requires_grad alike on all ranks.",
+        )
     if found is not None:
         raise PlanError(
             named[found][0],
@@ -83,7 +92,9 @@ def check_replicas(model: nn.Module) -> None:
 
     They must be equal to the bit at every step. They are not after ``torch.nn.utils.clip_grad_norm_`` or a
     ``GradScaler``, which see this rank's part only (use :func:`colrow.clip_grad_norm_`), after different
-    batches on the ranks, or if a plan has a fault. One small all-gather; every rank calls this.
+    batches on the ranks, or if a plan has a fault. Of replicas that :func:`colrow.data_parallel` has made
+    the parameters are compared, not the gradients, which may not have been averaged yet: they differ if
+    optimizers do. One small all-gather, for replicas another; every rank calls this.
 
     Raises:
         PlanError: naming the first parameter that differs; on every rank.
@@ -105,6 +116,23 @@ def check_replicas(model: nn.Module) -> None:
         )
     if state.pipeline is not None:
         _check_stages(model, state.pipeline)
+    if state.replicas is not None:
+        _check_data_replicas(model, state.replicas)
+
+
+def _check_data_replicas(model: nn.Module, groups: ReplicaGroups) -> None:
+    """Raise on all replicas if a parameter that they hold whole differs between them."""
+    whole = [one for one in placed_parameters(model) if not data_groups(one.parameter)]
+    for ranks, of_experts in ((groups.shared, False), (groups.of_experts, True)):
+        named = [one for one in whole if (one.experts is not None) == of_experts]
+        found = first_difference([one.parameter for one in named], ranks, "check replicas")
+        if found is not None:
+            raise PlanError(
+                named[found].name,
+                "it differs between the replicas that train it",
+                "Call what colrow.data_parallel returned, not the model within it, and make the optimizer "
+                "with the same options on all replicas.",
+            )
 
 
 def _check_stages(model: nn.Module, pipeline: PipelineShare) -> None:

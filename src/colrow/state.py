@@ -68,6 +68,19 @@ class ExpertGroup:
 
 
 @dataclass(frozen=True)
+class ReplicaGroups:
+    """The ranks that train the same parts of a model together, each on its own part of the data.
+
+    Attributes:
+        shared: those that hold the same parameters but experts.
+        of_experts: those that hold the same experts.
+    """
+
+    shared: Communicator
+    of_experts: Communicator
+
+
+@dataclass(frozen=True)
 class ParallelState:
     """Attached to the model by ``colrow.parallelize``.
 
@@ -81,6 +94,7 @@ class ParallelState:
         pipeline: where the other parameters are, if this rank has some stages of the model only.
         experts: what the ranks of ``ep`` divide, if there are such ranks.
         lengths: by name, those of the sequences that are cut between regions.
+        replicas: of the model, once :func:`colrow.data_parallel` has been called.
     """
 
     mesh: DeviceMesh
@@ -91,6 +105,7 @@ class ParallelState:
     pipeline: PipelineShare | None = None
     experts: ExpertGroup | None = None
     lengths: Mapping[str, SequenceLength] = field(default_factory=dict)
+    replicas: ReplicaGroups | None = None
 
     @property
     def is_first_replica(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, get_args
@@ -19,7 +20,7 @@ from colrow.parallel.experts.reduction import ExpertGradients
 from colrow.parallel.pipeline.pipeline import Pipeline
 from colrow.parallel.pipeline.replicate import Replicas, replicate_stages
 from colrow.replicas import check_equal_weights
-from colrow.state import parallel_module, placed_parameters, state_of
+from colrow.state import ReplicaGroups, attach_state, parallel_module, placed_parameters, state_of
 
 Kind = Literal["ddp", "fsdp"]
 
@@ -57,6 +58,8 @@ def data_parallel(model: nn.Module, mesh: DeviceMesh, kind: Kind = "ddp", **opti
     divided = {id(one.parameter) for one in placed_parameters(module) if one.experts is not None}
     check_equal_weights(module, communicator(shared), lambda one: id(one) not in divided)
     check_equal_weights(module, communicator(of_experts), lambda one: id(one) in divided)
+    groups = ReplicaGroups(communicator(shared), communicator(of_experts))
+    attach_state(module, dataclasses.replace(state_of(module), replicas=groups))
     if isinstance(model, Pipeline):
         if options:
             raise ValueError(f"the stages of a pipeline take no options: leave out {', '.join(options)}")

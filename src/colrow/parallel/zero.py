@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
+from colrow.collectives import communicator
 from colrow.data_shards import data_groups
 from colrow.mesh import replicas, replicas_of_experts, size_of
 from colrow.optimizer_parts import Group, OptimizerOfParts
+from colrow.replicas import digest, first_difference
 from colrow.state import placed_parameters
 
 
@@ -43,10 +45,13 @@ def zero_redundancy_optimizer(
         groups of both.
 
     Raises:
-        ValueError: if FSDP has cut the parameters: it divides the state already; or the mesh has ``ep``
-            and ``model`` is not given, or has not been parallelized.
+        ValueError: if FSDP has cut the parameters: it divides the state already; the mesh has ``ep``
+            and ``model`` is not given, or has not been parallelized; or the replicas' calls differ.
     """
-    groups = [one if isinstance(one, dict) else {"params": [one]} for one in parameters]
+    groups = [dict(one) if isinstance(one, dict) else {"params": [one]} for one in parameters]
+    for group in groups:
+        given = group["params"]
+        group["params"] = [given] if isinstance(given, Tensor) else list(given)
     if any(data_groups(parameter) for group in groups for parameter in group["params"]):
         raise ValueError(
             "FSDP has divided these parameters, and with them the optimizer's state: use the optimizer itself"
@@ -54,6 +59,7 @@ def zero_redundancy_optimizer(
     if groups and all(group.keys() == {"params"} for group in groups):
         groups = [{"params": [parameter for group in groups for parameter in group["params"]]}]
     if size_of(mesh, "ep") == 1:
+        _require_same(groups, kind, options, replicas(mesh))
         return _divided(replicas(mesh), kind, groups, options)
     if model is None:
         raise ValueError(
@@ -61,6 +67,7 @@ def zero_redundancy_optimizer(
             "colrow.zero_redundancy_optimizer(parameters, kind, mesh, model=model)"
         )
     experts = {id(one.parameter) for one in placed_parameters(model) if one.experts is not None}
+    _require_same(groups, kind, options, replicas(mesh), experts)
 
     def over(ranks: DeviceMesh) -> Callable[[list[Group], dict[str, Any]], torch.optim.Optimizer]:
         return lambda own, common: _divided(ranks, kind, own, common)
@@ -73,6 +80,46 @@ def zero_redundancy_optimizer(
             (lambda one: id(one) in experts, over(replicas_of_experts(mesh))),
         ],
     )
+
+
+def _require_same(
+    groups: Sequence[Group],
+    kind: type[torch.optim.Optimizer],
+    options: dict[str, Any],
+    ranks: DeviceMesh,
+    experts: Collection[int] = (),
+) -> None:
+    """Replicas send each other what they have updated by its place: it must be the same parameter on all.
+
+    Parameters are told by their values, which are those of all replicas; of experts, which are other ones on
+    some of the ranks, only the number is compared.
+
+    Raises:
+        ValueError: if parameters, groups or options differ; on all replicas.
+    """
+    described = [repr((kind.__name__, _plain(options)))]
+    shared: list[Tensor] = []
+    for group in groups:
+        parameters = group["params"]
+        shared += [one for one in parameters if id(one) not in experts and not one.is_meta]
+        described.append(repr((_plain(group), [id(one) in experts for one in parameters])))
+    device = shared[0].device if shared else torch.device("cpu")
+    members, label = communicator(ranks), "compare the replicas' optimizers"
+    text = torch.tensor([digest("\n".join(described)), len(shared)], dtype=torch.int64, device=device)
+    differs = first_difference([text], members, label)
+    if differs is None:
+        differs = first_difference(shared, members, label)
+    if differs is not None:
+        raise ValueError(
+            "the replicas' optimizers differ: give zero_redundancy_optimizer the same parameters in the same "
+            "order, and the same groups and options, on all ranks"
+        )
+
+
+def _plain(options: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Numbers and the like, which read alike in all processes."""
+    kinds = (bool, int, float, complex, str, tuple, type(None))
+    return sorted((name, option) for name, option in options.items() if isinstance(option, kinds))
 
 
 def _divided(

@@ -19,6 +19,7 @@ from colrow.collectives.pending import Step
 from colrow.collectives.position import compute_meanwhile
 from colrow.collectives.statistics import Call
 from colrow.errors import PlanError
+from colrow.parallel.pipeline.agree import agree
 from colrow.parallel.pipeline.evaluate import merge_results, run_forward
 from colrow.parallel.pipeline.gradients import SharedGradients
 from colrow.parallel.pipeline.layout import StageLayout
@@ -26,7 +27,6 @@ from colrow.parallel.pipeline.rehearse import BatchShapes, rehearse, signature
 from colrow.parallel.pipeline.schedules import idle_share, schedule_kind
 from colrow.parallel.pipeline.stage import StageModule, tensor_at
 from colrow.parallel.pipeline.weights import Weigh, divided, equal_weight, shares_of
-from colrow.replicas import digest
 from colrow.trace.tree import Path
 
 
@@ -164,7 +164,8 @@ class Pipeline(nn.Module):
             The loss of the batch, not weighted: a float64 scalar, on every rank.
 
         Raises:
-            ValueError: if the batch cannot be divided into equal micro-batches, or no label counts.
+            ValueError: if the batch cannot be divided into equal micro-batches, no label counts, or the ranks
+                of the pipeline are given different batches or weights.
             PlanError: if the model computes no loss, or calls its layers in another order than its example;
                 if the schedule divides backward passes and all stages before one are frozen.
             RankFailure: if another rank died, raised or did not come in time.
@@ -179,10 +180,11 @@ class Pipeline(nn.Module):
                 "Give an example with labels.",
             )
         shares = shares_of(self._weigh, parts, counts=weight != 0)
+        trained = self._agreed(batch, weight)
         kept = self._shared.set_aside()
         if self._replicas is not None:
             self._replicas.begin()
-        shapes = self._shapes_for(parts[0])
+        shapes = self._shapes_for(parts[0], trained)
         schedule = self._schedule_for(shapes)
         for module in self._stages.values():
             module.begin(
@@ -218,13 +220,15 @@ class Pipeline(nn.Module):
 
         Raises:
             RuntimeError: if gradients are enabled.
-            ValueError: if the batch cannot be divided into equal micro-batches.
+            ValueError: if the batch cannot be divided into equal micro-batches, or the ranks of the pipeline
+                are given different ones.
         """
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "a pipeline is called for evaluation, within torch.no_grad(); to train, call its step(batch)"
             )
         parts = divided(batch, self.micro_batches)
+        self._agreed(batch, 1.0)
         if self._replicas is not None:
             self._replicas.begin()
         shapes = self._shapes_for(parts[0])
@@ -265,19 +269,17 @@ class Pipeline(nn.Module):
         share = idle_share(kind, self._ranks.size, len(self._stages), self.micro_batches)
         return PipelineReport(self._names, share, self._waited, self._sent_bytes)
 
-    def _shapes_for(self, batch: Mapping[str, Any]) -> BatchShapes:
-        key = signature(batch, self.model.training, self._device.type)
-        if torch.is_grad_enabled():
-            key += (self._trained(),)
+    def _shapes_for(self, batch: Mapping[str, Any], trained: tuple[int, ...] = ()) -> BatchShapes:
+        key = (*signature(batch, self.model.training, self._device.type), trained)
         if key not in self._shapes:
             self._shapes[key] = rehearse(self.layout, self._stages, self._ranks, batch, self._device)
         return self._shapes[key]
 
-    def _trained(self) -> tuple[int, ...]:
-        """Of each rank something that differs when other parameters are trained: gradients are sent then."""
+    def _agreed(self, batch: Mapping[str, Any], weight: float) -> tuple[int, ...]:
+        """What :func:`agree` gives: gradients that are sent depend on which parameters are trained."""
+        call = (signature(batch, self.model.training, self._device.type), float(weight))
         names = [name for name, one in self.model.named_parameters() if one.requires_grad]
-        own = torch.tensor([digest(repr(names))], dtype=torch.int64, device=self._device)
-        return tuple(self._ranks.all_gather(own, 0, label="which parameters of stages are trained").tolist())
+        return agree(self._ranks, self._device, batch, call, names)
 
     def _check_frozen(self, shapes: BatchShapes) -> None:
         """torch finds no gradients of weights in a stage that receives nothing with a gradient."""
