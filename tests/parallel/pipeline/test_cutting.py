@@ -230,7 +230,7 @@ def test_how_micro_batches_are_weighed() -> None:
         divided({"a": torch.ones(2), "b": torch.ones(4)}, 2)
 
 
-@pytest.mark.parametrize("kind", ["mean", "sum", "alike"])
+@pytest.mark.parametrize("kind", ["mean", "sum", "added", "alike"])
 def test_losses_whose_parts_are_not_known(kind: str) -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
@@ -244,6 +244,10 @@ def test_losses_whose_parts_are_not_known(kind: str) -> None:
                 return F.mse_loss(values, torch.zeros_like(values))
             if kind == "sum":
                 return values.sum()
+            if kind == "added":
+                loss = F.mse_loss(values, torch.zeros_like(values))
+                loss += values.std()  # of a whole batch it is not the mean of those of its parts
+                return loss
             logits = values.view(2, 4, 8)
             return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
 
@@ -252,7 +256,7 @@ def test_losses_whose_parts_are_not_known(kind: str) -> None:
     if kind == "mean":
         assert default_weigh(recording.trace, flow) is equal_weight
         return
-    if kind == "sum":
+    if kind in ("sum", "added"):
         with pytest.raises(
             PlanError, match=r"it is no plain mean over labels or over elements\. Pass weigh="
         ):

@@ -28,7 +28,7 @@ _MEANS = {
 """Losses that are means over all elements if the argument at this place says so."""
 _REMEDY = (
     "Pass weigh=: a function of a micro-batch that gives of how many terms its loss is the mean, such as the "
-    "number of labels that count"
+    "number of labels that count. What else it has, such as a router's part, is then that of each"
 )
 
 
@@ -67,7 +67,7 @@ def default_weigh(trace: Trace, flow: Flow) -> Weigh | None:
     if flow.loss is None:
         return None
     loss = dict(trace.outputs)[flow.loss]
-    maker = _maker(loss)
+    maker = _maker(loss, trace)
     if maker is not None and maker.name in _NEGATIVE_LOG_LIKELIHOOD:
         target, weights, reduction, ignored = (maker.arguments[place] for place in (1, 2, 3, 4))
         if reduction == _MEAN and weights is None:
@@ -94,11 +94,17 @@ def default_weigh(trace: Trace, flow: Flow) -> Weigh | None:
     )
 
 
-def _maker(value: Value) -> Operation | None:
-    """The operator that computed a number, apart from what only reshapes it."""
+def _maker(value: Value, trace: Trace) -> Operation | None:
+    """The last operator that computed a number, apart from what only reshapes it."""
     operation = value.producer
     while operation is not None and operation.name in ("aten.view", "aten.alias", "aten.squeeze"):
         operation = operation.inputs[0].producer
+    if operation is None:
+        return None
+    for later in reversed(trace.operations[operation.index + 1 :]):
+        changed = {one.index for one in later.outputs if one.storage == value.storage}
+        if changed.intersection(one.index for one in later.inputs):
+            return later  # in place, as loss += ...
     return operation
 
 
