@@ -98,6 +98,46 @@ def test_parts_taken_in_several_places(ranks: Ranks) -> None:
     ranks(2).run(_verified, Remembering, 2)[0].raise_if_different()
 
 
+class Normed(Stack):
+    """Norms by hand, whose results are measured: what a weight is multiplied with is whole there."""
+
+    class Norm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.rand(WIDTH))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * self.weight
+
+    class Branch(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.up, self.down = Normed.Norm(), nn.Linear(WIDTH, 20), nn.Linear(20, WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.norm(x)
+            batch, length, _ = y.shape
+            return x + self.down(torch.tanh(self.up(y).view(batch, length, -1)).cumsum(1))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(self.Branch() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x * self.first
+        for block, branch in zip(self.blocks, self.branches, strict=True):
+            h = branch(block(h))
+        return self.last(h)
+
+
+def test_the_weight_of_a_norm_that_gives_the_whole(ranks: Ranks) -> None:
+    """Its gradient is not a partial sum: the gather's own is, where nothing else is read."""
+    report = ranks(2).run(_verified, Normed, 2)[0]
+    report.raise_if_different()
+    assert isinstance(report.plan, Plan)
+    assert report.plan.sequence_gathers
+
+
 class Dropping(Stack):
     """Leaves out layers by chance: a trace shows one course of several."""
 

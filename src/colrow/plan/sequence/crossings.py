@@ -51,7 +51,7 @@ class Crossings:
             and not facts.enters(value, operation)
             and any(result.differentiable for result in operation.outputs)
         ]
-        passing = [operation for operation in whole if self._only_enters(operation)]
+        passing = [operation for operation in whole if self._only_enters(value, operation)]
         way: Way = "partial"
         if len(passing) < len(whole) or not value.differentiable:
             way = "whole"
@@ -60,11 +60,18 @@ class Crossings:
         others = [use for use in value.uses if use not in operations and not facts.is_partial(value, use)]
         self._add(value, operations, way, not others and value.index not in facts.outputs)
 
-    def _only_enters(self, operation: Operation) -> bool:
-        """Whether nothing is done with the result but to enter a region, as with a slice of all tokens."""
+    def _only_enters(self, value: Value, operation: Operation) -> bool:
+        """Whether nothing is done with the result but to enter a region, as with a slice of all tokens.
+
+        Not if something else is read, such as the weight of a norm: its gradient would be a partial sum.
+        """
         facts = self._facts
-        return not facts.is_in_region(operation) and all(
-            value.index in facts.entering and value.index not in facts.outputs for value in operation.outputs
+        return (
+            not facts.is_in_region(operation)
+            and not any(one.differentiable and one is not value for one in operation.inputs)
+            and all(
+                one.index in facts.entering and one.index not in facts.outputs for one in operation.outputs
+            )
         )
 
     def _add(self, value: Value, operations: list[Operation], way: Way, everywhere: bool) -> None:
