@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import colrow
 from colrow.train.configuration import OptimizerConfiguration
-from colrow.train.optimizer import build_optimizer
+from colrow.train.optimizer import build_optimizer, resume_optimizer
 from colrow.train.step import IGNORED, accumulate_gradients, mean_loss, optimizer_step, predicted_tokens
 from tests.plans import hand_plan
 from tests.pool import Pool, worker_mesh
@@ -152,3 +153,45 @@ def test_recomputed_activations_replay_dropout(ranks: Callable[[int], Pool], siz
     expected = ranks(size).run(_tied, size, False)
     assert ranks(size).run(_tied, size, True) == expected
     assert len({tuple(one) for one in expected}) == 1
+
+
+def _resumed(folder: Path) -> None:
+    mesh = worker_mesh(1)
+    model = colrow.parallelize(_model(), mesh, hand_plan(_model()))
+    optimizer = build_optimizer(model, OPTIMIZER)
+    accumulate_gradients(model, _batch(0), 6, "fp64", mesh)
+    optimizer_step(model, optimizer, 1e-3, None)
+    colrow.save_optimizer(model, optimizer, folder)
+    other = build_optimizer(model, OptimizerConfiguration(weight_decay=0.3, betas=(0.5, 0.6)))
+    resume_optimizer(model, other, folder)
+    assert [group["weight_decay"] for group in other.param_groups] == [0.3, 0.0]
+    assert all(group["betas"] == (0.5, 0.6) for group in other.param_groups)
+    for parameter in model.parameters():
+        assert torch.equal(other.state[parameter]["exp_avg"], optimizer.state[parameter]["exp_avg"])
+        assert other.state[parameter]["step"] == 1
+
+
+def test_a_run_goes_on_with_the_options_of_its_configuration(
+    ranks: Callable[[int], Pool], tmp_path: Path
+) -> None:
+    ranks(1).run(_resumed, tmp_path)
+
+
+def _head_alone(folder: Path) -> list[int]:
+    mesh = worker_mesh(1, pp=2)
+    batch = {"input_ids": _batch(0), "labels": _batch(0)}
+    pipeline = colrow.pipeline_parallel(_untied(), mesh, batch, micro_batches=2, stages=["lm_head"])
+    optimizer = build_optimizer(pipeline, OPTIMIZER)
+    accumulate_gradients(pipeline, _batch(0), 3, "fp64", mesh)
+    optimizer_step(pipeline, optimizer, 1e-3, None)
+    colrow.save_optimizer(pipeline, optimizer, folder)
+    colrow.load_optimizer(pipeline, optimizer, folder)
+    return [len(group["params"]) for group in optimizer.param_groups]
+
+
+def _untied() -> LlamaForCausalLM:
+    return LlamaForCausalLM(LlamaConfig(vocab_size=53, **LLAMA | {"tie_word_embeddings": False})).double()
+
+
+def test_a_stage_without_norms_is_saved(ranks: Callable[[int], Pool], tmp_path: Path) -> None:
+    assert ranks(2).run(_head_alone, tmp_path)[1] == [1, 0]

@@ -124,7 +124,10 @@ def _groups_of_stages(groups: str, pipeline: PipelineShare, device: str, label: 
     every = [json.loads(text) for text in texts]
     options = [[{key: one[key] for key in one if key != _NAMES} for one in each] for each in every]
     if any(one != options[0] for one in options):
-        raise ValueError("the optimizers of the pipeline's stages have different groups, or other options")
+        raise ValueError(
+            "the optimizers of the pipeline's stages have different groups, or other options: make the same "
+            "groups on all stages, also those that are empty on some"
+        )
     merged = []
     for number, own in enumerate(options[0]):
         names = dict.fromkeys(name for each in every for name in each[number][_NAMES])

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 import colrow
-from colrow.checkpoint import load_optimizer, load_pretrained
+from colrow.checkpoint import load_pretrained
 from colrow.collectives import Communicator, communicator
 from colrow.mesh import replicas
 from colrow.model import calls_for
@@ -19,7 +19,7 @@ from colrow.trace import Example
 from colrow.train.configuration import TrainConfiguration
 from colrow.train.folder import RunFolder
 from colrow.train.model import DTYPES, named_plan, new_model, transformers_configuration
-from colrow.train.optimizer import build_optimizer
+from colrow.train.optimizer import build_optimizer, resume_optimizer
 from colrow.train.tokenizer import load_tokenizer
 
 
@@ -97,5 +97,5 @@ def build(
     divided = mesh if configuration.mesh.data == "zero1" else None
     optimizer = build_optimizer(model, configuration.optimizer, divided)
     if checkpoint is not None:
-        load_optimizer(model, optimizer, checkpoint / "optimizer")
+        resume_optimizer(model, optimizer, checkpoint / "optimizer")
     return model, optimizer

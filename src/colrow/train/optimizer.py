@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     """The trainable parameters in two groups: with weight decay, and without.
 
     Without are biases and the weights of norms (all of one dimension) and embeddings (also an output layer
-    that shares an embedding's weight).
+    that shares an embedding's weight). A stage of a pipeline may have no parameter of one kind: that group is
+    empty, since all stages save the same groups.
     """
     embeddings = {
         id(parameter)
@@ -32,7 +34,21 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
         if parameter.requires_grad:
             spared = parameter.dim() < 2 or id(parameter) in embeddings
             groups[spared]["params"].append(parameter)
-    return [group for group in groups if group["params"]]
+    return groups
+
+
+def resume_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
+    """Read the state of a checkpoint; its options stay those that the configuration now says.
+
+    Args:
+        model: whose parameters it updates.
+        optimizer: from :func:`build_optimizer`.
+        folder: that :func:`colrow.save_optimizer` wrote.
+    """
+    chosen = [{name: group[name] for name in group if name != "params"} for group in optimizer.param_groups]
+    colrow.load_optimizer(model, optimizer, folder)
+    for group, options in zip(optimizer.param_groups, chosen, strict=True):
+        group.update(options)
 
 
 def build_optimizer(
