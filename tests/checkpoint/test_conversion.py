@@ -42,8 +42,8 @@ def _loaded(folder: Path, sizes: dict[str, int]) -> int:
     ("name", "sizes"),
     [
         ("mixtral", {"tp": 2}),
-        ("deepseek", {"ep": 2}),
-        ("qwen", {"pp": 2}),
+        pytest.param("deepseek", {"ep": 2}, marks=pytest.mark.slow),
+        pytest.param("qwen", {"pp": 2}, marks=pytest.mark.slow),
         pytest.param("mixtral", {"ep": 2, "tp": 2}, marks=pytest.mark.slow),
         pytest.param("deepseek", {"pp": 2, "tp": 2}, marks=pytest.mark.slow),
         pytest.param("qwen", {"ep": 2, "tp": 2}, marks=pytest.mark.slow),

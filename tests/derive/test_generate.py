@@ -45,7 +45,7 @@ def _unshard(model: torch.nn.Module, original: torch.nn.Module, inputs: dict[str
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_same_tokens(ranks: Callable[[int], Pool], name: str, size: int) -> None:
     for found, expected in ranks(size).run(_generate, name, size, timeout=120):
         assert found == expected

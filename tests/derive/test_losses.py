@@ -160,7 +160,9 @@ def _verified(kind: str, ranks: int) -> Report:
 
 @pytest.mark.parametrize(
     ("size", "kind"),
-    [(2, kind) for kind in KINDS] + [(3, kind) for kind in ("smoothed", "selected", "two losses", "relu")],
+    [(2, kind) for kind in KINDS]
+    + [(3, "selected")]
+    + [pytest.param(3, kind, marks=pytest.mark.slow) for kind in ("smoothed", "two losses", "relu")],
 )
 def test_loss(ranks: Callable[[int], Pool], size: int, kind: str) -> None:
     report = ranks(size).run(_verified, kind, size)[0]

@@ -124,7 +124,8 @@ def _verified(size: int, build: Callable[[], nn.Module], inputs: dict[str, Tenso
     ("course", "sequence"),
     [
         *((name, False) for name in COURSES),
-        *((name, True) for name in ("plain", "loss within", "products kept")),
+        ("plain", True),
+        *(pytest.param(name, True, marks=pytest.mark.slow) for name in ("loss within", "products kept")),
     ],
 )
 def test_recomputed(ranks: Ranks, course: str, sequence: bool) -> None:

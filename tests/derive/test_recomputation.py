@@ -169,7 +169,7 @@ def _recomputed(size: int, how: str, reentrant: bool) -> tuple[Plan, bool]:
 KINDS = ["closure", "method", "twice", "counted", "nested", "module", "forward"]
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("how", KINDS)
 def test_functions_are_recomputed_as_they_were_computed(

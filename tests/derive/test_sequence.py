@@ -34,9 +34,9 @@ def _verified(name: str, ranks: int) -> Report:
         ("gpt2:labels", 4, 0),
         ("bert:labels", 3, 1),
         ("gpt-neox:labels", 2, 0),
-        ("t5:labels", 10, 0),
+        pytest.param("t5:labels", 10, 0, marks=pytest.mark.slow),
         ("gemma3:labels", 4, 0),
-        ("mixtral-loop:labels", 4, 0),
+        pytest.param("mixtral-loop:labels", 4, 0, marks=pytest.mark.slow),
         ("deepseek-v3:labels", 4, 0),
     ],
 )
@@ -49,7 +49,7 @@ def test_models(ranks: Ranks, name: str, scattered: int, whole: int) -> None:
     assert any("sequence" in check.stage for check in report.checks)
 
 
-@pytest.mark.parametrize("size", [3, 4])
+@pytest.mark.parametrize("size", [3, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["llama-two-groups:labels", "gpt2"])
 def test_uneven_parts(ranks: Ranks, name: str, size: int) -> None:
     report = ranks(size).run(_verified, name, size, timeout=120)[0]
@@ -63,7 +63,7 @@ def _blocks(size: int, between: str, sequence: int) -> Plan:
     return plan_of(cut)
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("between", "gathered", "left"),
     [

@@ -41,7 +41,7 @@ def _verify(name: str, sizes: Mapping[str, int], data: Data) -> Report:
         pytest.param("llama", {"pp": 2, "dp": 2}, "zero1", marks=pytest.mark.slow),
         ("gpt2", {"cp": 2, "tp": 2}, "ddp"),
         ("mixtral", {"ep": 2, "tp": 2}, "fsdp"),
-        ("mixtral", {"pp": 2, "ep": 2}, "fsdp"),
+        pytest.param("mixtral", {"pp": 2, "ep": 2}, "fsdp", marks=pytest.mark.slow),
         ("gpt2", {"pp": 2, "cp": 2}, "ddp"),
     ],
 )
