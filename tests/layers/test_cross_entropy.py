@@ -168,6 +168,8 @@ def _counts_and_refusals() -> dict[str, tuple[int, int]]:
     counted = {
         "/".join(key): (tally.count, tally.bytes) for key, tally in colrow.comm_stats(mesh).tallies.items()
     }
+    for whole in (torch.int32, torch.uint8):
+        assert torch.equal(cross_entropy(logits, target.to(whole), mesh, vocabulary=8), loss)
     for bad in (8, -1, 1000):
         with pytest.raises(IndexError, match=r"must be in \[0, 8\)"):
             cross_entropy(logits, torch.tensor([0, bad, 0, 0, 0]), mesh, vocabulary=8)

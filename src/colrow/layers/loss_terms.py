@@ -110,7 +110,7 @@ def checked(
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', not {reduction!r}")
     if class_weight is not None and tuple(class_weight.shape) != (cut.units,):
         raise ValueError(f"weight must have the shape [{cut.units}], not {list(class_weight.shape)}")
-    flat = target.reshape(-1)
+    flat = target.reshape(-1).long()
     kept = flat != ignore_index
     check_range(torch.where(kept, flat, 0), cut.units, f"the targets of {label}")
     options = LossOptions(
