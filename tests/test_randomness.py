@@ -357,3 +357,17 @@ def test_replicas_draw_differently(ranks: Callable[[int], Pool]) -> None:
     assert drawn[0, 0] == drawn[0, 1]
     assert drawn[1, 0] == drawn[1, 1]
     assert drawn[0, 0] != drawn[1, 0]
+
+
+def _drawn(sizes: dict[str, int]) -> Tensor:
+    colrow.manual_seed(1, worker_mesh(**{"tp": 1, **sizes}))
+    return torch.rand(8)
+
+
+@pytest.mark.parametrize("other", ["dp", "pp", "ep", "cp"])
+def test_alike_within_a_tensor_parallel_group_only(ranks: Callable[[int], Pool], other: str) -> None:
+    first, also_first, second, also_second = ranks(4).run(_drawn, {"tp": 2, other: 2})
+    assert torch.equal(first, torch.rand(8, generator=torch.Generator().manual_seed(1)))
+    assert torch.equal(first, also_first)
+    assert torch.equal(second, also_second)
+    assert not torch.equal(first, second)

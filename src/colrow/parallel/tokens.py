@@ -19,7 +19,9 @@ def token_weight(mesh: DeviceMesh, tokens: int) -> float:
     - a micro-batch's mean loss over ``n`` tokens is multiplied by ``n * weight``,
     - a sum of losses by ``weight``.
 
-    A micro-batch without any token has no mean: leave it out, or take the sum.
+    A micro-batch without any token has no mean: that is not a number, and stays none when multiplied by 0.
+    Take the sum of its losses. It cannot be left out: other replicas wait for this one, under FSDP and with
+    experts in every micro-batch, under DDP in the last.
 
     Args:
         mesh: with a dimension ``dp``. Every rank of the job calls this: one all-reduce of one number.
