@@ -70,19 +70,26 @@ class CallChanges:
 
     def call(self, function: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
         """The changed result of calling ``function``, or what replaces it, with the changed arguments."""
-        both: Any = (arguments, keywords)
         for path, change_integer in self.integers:
-            both = replaced(both, _path(path), change_integer)
+            arguments, keywords = _changed(arguments, keywords, path, change_integer)
         for path, change in self.arguments:
-            both = replaced(both, _path(path), _on_tensors(change))
-        result = (self.replacement or function)(*both[0], **both[1])
+            arguments, keywords = _changed(arguments, keywords, path, _on_tensors(change))
+        result = (self.replacement or function)(*arguments, **keywords)
         for path, change in self.results:
             result = replaced(result, path, _on_tensors(change))
         return result
 
 
-def _path(path: Path) -> Path:
-    return (0 if isinstance(path[0], int) else 1, *path)
+def _changed(
+    arguments: tuple[Any, ...], keywords: dict[str, Any], path: Path, change: Callable[[Any], Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call with the one at ``path`` changed."""
+    first = path[0]
+    if not isinstance(first, int):
+        return arguments, {**keywords, first: replaced(keywords[first], path[1:], change)}
+    given = arguments[first]
+    new = change(given) if len(path) == 1 else replaced(given, path[1:], change)
+    return (*arguments[:first], new, *arguments[first + 1 :]), keywords
 
 
 def _on_tensors(change: Change) -> Callable[[Any], Any]:

@@ -83,6 +83,8 @@ class SharedEntry:
         """The entered ``value``; no autograd node unless a gradient will come back."""
         if not (self.is_always_needed or (value.requires_grad and torch.is_grad_enabled())):
             return value
+        if self._members == 1:
+            return self.enter(value)
         # calls of functions are too dear here: neither the next reader nor, where all have read what was
         # there before, the first makes any but those that enter
         found = self._latest
