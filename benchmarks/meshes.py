@@ -1,6 +1,7 @@
 """Which meshes train exactly: dense, tied, encoder-decoder and mixture-of-experts models on all of them.
 
     python benchmarks/meshes.py --ranks 2 3 4 6 8 --output meshes.jsonl
+    python benchmarks/meshes.py --ranks 4 8 --sequence
 
 Every mesh of so many ranks that makes sense for a model, and every way in which its replicas can train
 together, is verified in float64 against one device that has the data of all replicas: losses, every gradient,
@@ -38,14 +39,17 @@ SCHEDULES = ("1f1b", "gpipe", "zbv", "interleaved_1f1b", "interleaved_zero_bubbl
 """Of pipelines; each case has another one. What passes between stages of T5 are several values."""
 ONE_STAGE = ("1f1b", "gpipe")
 """Those that give each rank one stage: the models have four layers."""
+DIVIDING = ("zbv", "interleaved_zero_bubble")
+"""Those that divide backward passes, which takes no parts of sequences."""
 STAGES, EXPERTS = 4, 5
 SECONDS = 120.0
 """For one case."""
 
 
-def cases(models: Sequence[str], ranks: int) -> Iterator[dict[str, Any]]:
+def cases(models: Sequence[str], ranks: int, sequence: bool) -> Iterator[dict[str, Any]]:
     """All cases of so many ranks. How replicas train together matters where there are some."""
-    several, single = itertools.cycle(SCHEDULES), itertools.cycle(ONE_STAGE)
+    schedules = [one for one in SCHEDULES if not (sequence and one in DIVIDING)]
+    several, single = itertools.cycle(schedules), itertools.cycle(ONE_STAGE)
     for model in models:
         names = DIMENSIONS[model]
         divisors = [size for size in range(1, ranks + 1) if ranks % size == 0]
@@ -55,13 +59,14 @@ def cases(models: Sequence[str], ranks: int) -> Iterator[dict[str, Any]]:
             mesh = dict(zip(names, sizes, strict=True))
             if mesh["tp"] == ranks or mesh["pp"] > STAGES:
                 continue  # the first is what verify does without a mesh
-            if mesh.get("ep", 1) > EXPERTS:
+            if mesh.get("ep", 1) > EXPERTS or (sequence and mesh["tp"] == 1):
                 continue
             has_replicas = mesh["dp"] * mesh.get("ep", 1) * mesh.get("cp", 1) > 1
             for data in DATA if has_replicas else DATA[:1]:
                 takes_several = mesh["pp"] == 2 and model != "t5"
                 schedule = next(several if takes_several else single) if mesh["pp"] > 1 else ""
-                yield {"model": model, "mesh": mesh, "data": data, "schedule": schedule}
+                case = {"model": model, "mesh": mesh, "data": data, "schedule": schedule}
+                yield {**case, "sequence": sequence}
 
 
 def run(wanted: Sequence[Mapping[str, Any]], ranks: int) -> Iterator[dict[str, Any]]:
@@ -117,11 +122,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 3, 4, 6, 8])
     parser.add_argument("--models", nargs="+", choices=list(DIMENSIONS), default=list(DIMENSIONS))
+    parser.add_argument("--sequence", action="store_true", help="cut along the sequence between regions")
     parser.add_argument("--output", type=Path, help="file for a line of JSON per case")
     options = parser.parse_args(arguments)
     rows: list[dict[str, Any]] = []
     for ranks in options.ranks:
-        for row in run(list(cases(options.models, ranks)), ranks):
+        for row in run(list(cases(options.models, ranks, options.sequence)), ranks):
             rows.append(row)
             print(json.dumps(row), file=sys.stderr, flush=True)
             if options.output is not None:

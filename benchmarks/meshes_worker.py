@@ -109,7 +109,9 @@ def run(cases: Sequence[Mapping[str, Any]], output: str) -> None:
         mesh = colrow.init_mesh(**case["mesh"], device="cpu", timeout=TIMEOUT)
         pipeline = {"schedule": case["schedule"], "micro_batches": ROWS} if case["schedule"] else {}
         example = {"training": Example(keywords=_inputs())}
-        report = verify_on_ranks(MODELS[case["model"]], example, mesh, data=case["data"], **pipeline)
+        report = verify_on_ranks(
+            MODELS[case["model"]], example, mesh, data=case["data"], sequence=case["sequence"], **pipeline
+        )
         errors = [
             check.error for check in report.checks if check.kind in ("outputs", "gradients", "parameters")
         ]

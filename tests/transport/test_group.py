@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import random
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -309,3 +310,27 @@ def _storm(seed: int, rounds: int) -> int:
 @pytest.mark.parametrize("size", [2, 3])
 def test_a_storm_of_operations(ranks: Callable[[int], Pool], size: int) -> None:
     assert ranks(size).run(_storm, size, 400) == [400] * size
+
+
+def _own_job(job: int) -> int:
+    """Sums and exchanges of one job; the numbers of another would show."""
+    group = group_of_all()
+    mistakes = 0
+    for step in range(1500):
+        mine = torch.full((1 + step % 300,), float(1000 * job + group.rank + step), dtype=torch.float64)
+        found = torch.empty_like(mine)
+        group.all_reduce(mine, found)
+        expected = group.size * (1000 * job + step) + sum(range(group.size))
+        mistakes += int((found != expected).sum())
+    return mistakes
+
+
+def test_two_jobs_on_one_host_never_meet() -> None:
+    jobs = [Pool(2), Pool(2)]
+    try:
+        with ThreadPoolExecutor() as both:
+            found = list(both.map(lambda job: jobs[job].run(_own_job, job), range(2)))
+    finally:
+        for one in jobs:
+            one.close()
+    assert found == [[0, 0], [0, 0]]

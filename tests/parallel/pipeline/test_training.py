@@ -72,6 +72,20 @@ def test_zero_bubble_takes_one_value(ranks: Callable[[int], Pool]) -> None:
         assert "values pass between stages here, and interleaved_zero_bubble takes one" in message
 
 
+def _zero_bubble_along_a_sequence() -> str:
+    mesh = worker_mesh(tp=2, pp=2)
+    model = colrow.parallelize(build("llama"), mesh, example_of("llama"), sequence=True)
+    with pytest.raises(PlanError) as raised:
+        colrow.pipeline_parallel(model, mesh, example_of("llama"), schedule="zbv", micro_batches=4)
+    return str(raised.value)
+
+
+def test_zero_bubble_takes_no_parts_of_sequences(ranks: Callable[[int], Pool]) -> None:
+    for message in ranks(4).run(_zero_bubble_along_a_sequence):
+        assert "zbv divides backward passes" in message
+        assert "sequence=False" in message
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", SLOW.values(), ids=SLOW)
 def test_more_ranks(ranks: Callable[[int], Pool], case: Case) -> None:

@@ -95,6 +95,13 @@ def pipeline_parallel(
     state = _state_for(model, mesh)
     if state.pipeline is not None:
         raise PlanError("", "the model is in a pipeline already", "Start from the original model.")
+    if kind.splits and state.lengths:
+        raise PlanError(
+            "",
+            f"{schedule} divides backward passes, and gradients of norms, which each rank has of its tokens "
+            "only, are summed in one piece: the passes of their weights would go the same way twice",
+            "Use another schedule, such as 1f1b or interleaved_1f1b, or parallelize with sequence=False.",
+        )
     shown = examples_of(example)
     recording = record_units(model, shown.get(MODE, next(iter(shown.values()))))
     flow = flow_of(recording)
