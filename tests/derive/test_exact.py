@@ -59,7 +59,7 @@ def test_two_ranks(ranks: Callable[[int], Pool], name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SHARED)
-@pytest.mark.parametrize("size", [3, 4])
+@pytest.mark.parametrize("size", [pytest.param(3, marks=pytest.mark.slow), 4])
 def test_more_ranks_than_units(ranks: Callable[[int], Pool], name: str, size: int) -> None:
     _check(ranks(size).run(_verified, name, size, timeout=120)[0])
 

@@ -112,6 +112,8 @@ COURSES: dict[str, Callable[[Model, Tensor], Tensor]] = {
     "products kept": partial(by_operator, ["addmm", "mm", "bmm"]),
     "activations kept": partial(by_operator, ["tanh"]),
 }
+OTHERS = {"plain", "reentrant in plain", "each without early stop", "loss", "activations kept"}
+"""Those for which others stand where time is short."""
 
 
 def _verified(size: int, build: Callable[[], nn.Module], inputs: dict[str, Tensor], sequence: bool) -> Report:
@@ -123,7 +125,7 @@ def _verified(size: int, build: Callable[[], nn.Module], inputs: dict[str, Tenso
 @pytest.mark.parametrize(
     ("course", "sequence"),
     [
-        *((name, False) for name in COURSES),
+        *(pytest.param(name, False, marks=[pytest.mark.slow] * (name in OTHERS)) for name in COURSES),
         ("plain", True),
         *(pytest.param(name, True, marks=pytest.mark.slow) for name in ("loss within", "products kept")),
     ],

@@ -204,7 +204,7 @@ def _with_dropout(size: int, how: str, reentrant: bool) -> None:
         assert one is None or largest_error(other, one) < 1e-10
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("reentrant", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("how", KINDS)
 def test_random_numbers_are_drawn_again(ranks: Callable[[int], Pool], how: str, reentrant: bool) -> None:
     """Ranks draw different ones in the region: what to compare with is the cut model, not recomputed."""

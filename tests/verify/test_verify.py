@@ -34,7 +34,7 @@ def _verify(size: int, name: str, options: dict[str, Any]) -> Report:
     return verify_on_ranks(build, models.tokens(), worker_mesh(size), plan, **options)
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 4])
+@pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.slow), 2, 3, 4])
 @pytest.mark.parametrize("name", CASES)
 def test_equal(ranks: Callable[[int], Pool], size: int, name: str) -> None:
     reports = ranks(size).run(_verify, size, name, {"steps": 2})
