@@ -18,7 +18,7 @@ from step_worker import SIZES, build_model, peak_megabytes
 
 
 def run(model: str, mesh: Mapping[str, int], data: str, steps: int) -> dict[str, Any]:
-    """Train the same global batches on any mesh.
+    """Train the same global batches on any mesh, or, with an empty one, by the model alone.
 
     Returns:
         ``seconds``: median of a step, of the slowest rank; ``megabytes``: the highest resident memory of a
@@ -31,7 +31,7 @@ def run(model: str, mesh: Mapping[str, int], data: str, steps: int) -> dict[str,
     example = Example(keywords={"input_ids": ids, "labels": ids})
     calls = {"training": example, "evaluation": example} if size_of(ranks, "cp") > 1 else calls_for(whole)
     whole.config.use_cache = size_of(ranks, "cp") > 1  # with it transformers looks for no packed sequences
-    cut: Any = colrow.parallelize(whole, ranks, calls).train()
+    cut: Any = colrow.parallelize(whole, ranks, calls).train() if mesh else whole.train()
     rows = SIZES[model].batch
     if size_of(ranks, "pp") > 1:
         cut = colrow.pipeline_parallel(cut, ranks, calls["training"], micro_batches=rows).train()

@@ -44,9 +44,9 @@ import colrow
 from colrow.apply.parallelize import examples_of
 from colrow.collectives import communicator
 from colrow.layers import cross_entropy
+from colrow.layers.faster import agreed_products
 from colrow.layers.linear_cross_entropy import column_cross_entropy
 from colrow.layers.linear_functions import ColumnWeights, column_linear
-from colrow.layers.products import agreed_products
 from colrow.layout import Cut
 from colrow.plan import derive_plan
 from step_worker import become_rank
@@ -201,7 +201,8 @@ class LastLayer(Work):
         self.target = torch.randint(
             case.vocabulary, (case.tokens,), generator=torch.Generator().manual_seed(0)
         )
-        self.layer = ColumnWeights(self.ranks, "enter", True, agreed_products(self.ranks), False)
+        (products,) = agreed_products(self.ranks, [(case.hidden, len(weight))])
+        self.layer = ColumnWeights(self.ranks, "enter", True, products, False)
 
     def loss(self, way: str) -> Tensor:
         """Of all logits, in single precision at least, as in transformers; or of some at a time."""

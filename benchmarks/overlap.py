@@ -48,8 +48,9 @@ from torch import Tensor
 import colrow
 from colrow.collectives import Communicator, communicator, reduce_scatter_of
 from colrow.launch import launch
+from colrow.layers.faster import agreed_products
 from colrow.layers.linear_functions import product
-from colrow.layers.products import Products, agreed_products
+from colrow.layers.products import BY_TORCH, Products
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TOKENS = (256, 1024, 4096)
@@ -215,7 +216,9 @@ def _rounds(
     dtype: torch.dtype,
     rounds: int,
 ) -> dict[str, dict[str, list[float]]]:
-    products = agreed_products(groups["gloo"]) if dtype == torch.float32 else Products()
+    products = BY_TORCH
+    if dtype == torch.float32:
+        (products,) = agreed_products(groups["gloo"], [(read, written)])
     calls = {}
     for name, ranks in groups.items():
         layer = Layer(ranks, tokens, read, written, dtype, products)

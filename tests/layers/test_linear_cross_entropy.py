@@ -21,7 +21,7 @@ from colrow.layers import cross_entropy, linear_cross_entropy, linear_functions,
 from colrow.layers.linear_cross_entropy import column_cross_entropy
 from colrow.layers.linear_functions import ColumnWeights
 from colrow.layers.loss_chunks import tokens_per_chunk
-from colrow.layers.products import Products, choose_products
+from colrow.layers.products import Products
 from colrow.layout import Cut
 from tests.pool import Pool, worker_mesh
 
@@ -412,7 +412,7 @@ def test_refused(ranks: Callable[[int], Pool]) -> None:
 def _onednn() -> None:
     """The other library for products, in single precision."""
     problem = Problem(2, 31, torch.float32, 64)
-    products = choose_products("onednn")
+    products = Products(1, 1)
     whole = [one.double().detach().requires_grad_() for one in problem.whole()]
     expected = F.cross_entropy(F.linear(*whole).flatten(0, 1), problem.target.flatten())
     expected.backward()

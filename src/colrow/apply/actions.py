@@ -133,16 +133,9 @@ class Applier:
         if plan.loss is not None:
             self._loss(gather_logits)
         keep_off_fast_path(self._model, plan)
-        multiply_faster(self._model, self._ranks, self._cut_modules())
+        multiply_faster(self._model, self._ranks)
         self._undo.seal(self._model)
         return self._undo
-
-    # ---------------------------------------------------------------- parameters
-
-    def _cut_modules(self) -> list[nn.Module]:
-        """The modules that hold parts of a parameter named ``weight``."""
-        paths = [name.rpartition(".") for name in self._plan.parameters]
-        return [self._model.get_submodule(path) for path, _, leaf in paths if leaf == "weight"]
 
     # ---------------------------------------------------------------- regions
 

@@ -22,7 +22,7 @@ from colrow.collectives import (
     all_reduce_of,
     reduce_scatter_of,
 )
-from colrow.layers.products import BY_TORCH, Products, compiled_onednn, onednn
+from colrow.layers.products import Products, compiled_onednn, goes_to_onednn, onednn
 
 FEATURES_PER_BLOCK = 1024
 """Of so many output features at a time a gradient of a weight is added to others."""
@@ -56,12 +56,17 @@ def local_linear(
         out_first: whether the weight is [out, in], as that of ``nn.Linear``; else as that of ``Conv1D``.
         products: who multiplies.
     """
-    if type(x) is not Tensor or not _goes_to_onednn(products, x, weight):
+    if type(x) is not Tensor or not goes_to_onednn(products.rows_from, x, weight):
         return product(x, weight, bias, out_first)
     if torch.is_autocast_enabled(x.device.type):
         return product(x, weight, bias, out_first)
     if torch.compiler.is_compiling():
+        both = (products.forward_from, products.backward_from)
+        if not all(goes_to_onednn(rows, x, weight) for rows in both):
+            return product(x, weight, bias, out_first)
         return _CompiledLinear.apply(x, weight, bias, out_first)
+    if not torch.is_grad_enabled():
+        return product(x, weight, bias, out_first, products)
     return _LocalLinear.apply(x, weight, bias, out_first, products)
 
 
@@ -76,23 +81,11 @@ def autocast(x: Tensor, *others: Tensor | None) -> Sequence[Tensor | None]:
     ]
 
 
-def chosen(products: Products, x: Tensor, weight: Tensor) -> Products:
-    """``products`` for a layer whose products go to oneDNN: decided once for forward and backward."""
-    return products if _goes_to_onednn(products, x, weight) else BY_TORCH
-
-
-def _goes_to_onednn(products: Products, x: Tensor, weight: Tensor) -> bool:
-    if products.onednn_from is None or x.dtype != torch.float32:
-        return False
-    features = x.shape[-1]
-    return features > 0 and products.uses_onednn(x.numel() // features, weight)
-
-
 def product(
     x: Tensor, weight: Tensor, bias: Tensor | None, out_first: bool, products: Products | None = None
 ) -> Tensor:
     """The product without autograd of its own; arguments as of :func:`local_linear`."""
-    if products is not None and _goes_to_onednn(products, x, weight):
+    if products is not None and goes_to_onednn(products.forward_from, x, weight):
         return onednn(x, weight if out_first else weight.t(), bias)
     if out_first:
         return F.linear(x, weight, bias)
@@ -103,7 +96,7 @@ def product(
 
 def gradient_of_input(gradient: Tensor, weight: Tensor, out_first: bool, products: Products) -> Tensor:
     """[..., in], from the gradient of the result, [..., out]."""
-    if not torch.is_grad_enabled() and _goes_to_onednn(products, gradient, weight):
+    if not torch.is_grad_enabled() and goes_to_onednn(products.backward_from, gradient, weight):
         return onednn(gradient, weight.t() if out_first else weight)
     return gradient @ (weight if out_first else weight.t())
 
@@ -112,7 +105,7 @@ def add_gradient_of_input(
     total: Tensor, gradient: Tensor, weight: Tensor, out_first: bool, products: Products
 ) -> None:
     """:func:`gradient_of_input`, added to ``total`` in place; matrices of one dtype, no autograd."""
-    if _goes_to_onednn(products, gradient, weight):
+    if goes_to_onednn(products.backward_from, gradient, weight):
         total.add_(onednn(gradient, weight.t() if out_first else weight))
     else:
         torch.addmm(total, gradient, weight if out_first else weight.t(), out=total)
@@ -128,7 +121,7 @@ def gradient_of_weight(
     gradient: Tensor, x: Tensor, weight: Tensor, out_first: bool, products: Products
 ) -> Tensor:
     """Of the weight's own shape, from the gradient of the result and ``x``."""
-    if not torch.is_grad_enabled() and _goes_to_onednn(products, gradient, weight):
+    if not torch.is_grad_enabled() and goes_to_onednn(products.backward_from, gradient, weight):
         left, right = (gradient, x) if out_first else (x, gradient)
         return onednn(as_rows(left).t(), as_rows(right).t())
     return as_rows(gradient).t() @ as_rows(x) if out_first else as_rows(x).t() @ as_rows(gradient)
@@ -149,7 +142,7 @@ def add_gradient_of_weight(
         gradient, x: matrices.
         is_first: ``total`` is empty memory.
     """
-    if total.dtype == gradient.dtype and not _goes_to_onednn(products, gradient, weight):
+    if total.dtype == gradient.dtype and not goes_to_onednn(products.backward_from, gradient, weight):
         left, right = (gradient, x) if out_first else (x, gradient)
         torch.addmm(total, left.t(), right, beta=0.0 if is_first else 1.0, out=total)
         return
@@ -254,8 +247,7 @@ class ColumnLinear(torch.autograd.Function):
         products: Products,
     ) -> Tensor:
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
-        ctx.products = products = chosen(products, x, weight)
-        ctx.ranks, ctx.label, ctx.out_first = ranks, label, out_first
+        ctx.ranks, ctx.label, ctx.out_first, ctx.products = ranks, label, out_first, products
         return _no_view(product(x, weight, bias, out_first, products))
 
     @staticmethod
@@ -294,8 +286,7 @@ class RowLinear(torch.autograd.Function):
         products: Products,
     ) -> Tensor:
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
-        ctx.products = products = chosen(products, x, weight)
-        ctx.ranks, ctx.label, ctx.out_first = ranks, label, out_first
+        ctx.ranks, ctx.label, ctx.out_first, ctx.products = ranks, label, out_first, products
         if ranks.overlaps:
             written = weight.shape[0 if out_first else 1]
             result = all_reduce_of(
@@ -322,8 +313,7 @@ class RowScatter(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, scatter: ReduceScatter, out_first: bool, products: Products
     ) -> Tensor:
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
-        ctx.products = products = chosen(products, x, weight)
-        ctx.scatter, ctx.out_first = scatter, out_first
+        ctx.scatter, ctx.out_first, ctx.products = scatter, out_first, products
         return reduce_scatter_of(
             scatter.communicator,
             x,

@@ -1,4 +1,4 @@
-"""Linear layers whose collectives are elsewhere, and who multiplies in all that are cut."""
+"""Linear layers whose collectives are elsewhere, and who multiplies in all."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from colrow.collectives import Communicator
+from colrow.layers.faster import Size, agreed_products
 from colrow.layers.linear import ColumnParallel, RowParallel, change_class
 from colrow.layers.linear_functions import local_linear
-from colrow.layers.products import Products, agreed_products
+from colrow.layers.products import Products
 from colrow.modules import is_linear
 
 
@@ -31,25 +32,40 @@ class LocalLinear(Local, nn.Linear):
     """:class:`Local`, for ``nn.Linear``."""
 
 
-def multiply_faster(model: nn.Module, ranks: Communicator, cut: Collection[nn.Module] = ()) -> None:
-    """Let the cut layers of ``model`` multiply by the faster library, where there are two.
+def multiply_faster(model: nn.Module, ranks: Communicator) -> None:
+    """Let the linear layers of ``model``, cut or whole, multiply by the faster library, where there are two.
 
-    Every rank of the group calls this. See :mod:`colrow.layers.products`.
+    Every rank of the group calls this. See :mod:`colrow.layers.faster`.
 
     Args:
-        model: holds the layers.
+        model: holds the layers; plain linear ones become :class:`Local` if another library than torch's own
+            choice is faster for them.
         ranks: the group.
-        cut: modules that hold a part of their weight; plain linear layers among them become :class:`Local`.
     """
-    layers = [module for module in model.modules() if isinstance(module, ColumnParallel | RowParallel)]
-    plain = [module for module in cut if is_linear(module)]
-    weights = [module._parameters["weight"] for module in [*layers, *plain]]
     # weights on meta are read, or made, after the model is cut
     kinds = ("cpu", "meta") if ranks.serves_cpus else ("cpu",)
-    if any(one is not None and one.dtype == torch.float32 and one.device.type in kinds for one in weights):
-        products = agreed_products(ranks)
-        for layer in layers:
+    layers = [module for module in model.modules() if _multiplies(module, kinds)]
+    if not layers:
+        return
+    for layer, products in zip(
+        layers, agreed_products(ranks, [_size(layer) for layer in layers]), strict=True
+    ):
+        if isinstance(layer, ColumnParallel | RowParallel):
             layer.products = products
-        for module in plain if products.onednn_from is not None else []:
-            change_class(module, Local, LocalLinear, "")
-            module._out_first, module.products = isinstance(module, nn.Linear), products  # type: ignore[assignment]
+        elif products.rows_from is not None:
+            change_class(layer, Local, LocalLinear, "")
+            layer._out_first, layer.products = isinstance(layer, nn.Linear), products  # type: ignore[assignment]
+
+
+def _multiplies(module: nn.Module, kinds: Collection[str]) -> bool:
+    """Whether this is a linear layer in single precision on a device of one of these kinds."""
+    if not isinstance(module, ColumnParallel | RowParallel) and not is_linear(module):
+        return False
+    weight = module._parameters.get("weight")
+    return weight is not None and weight.dtype == torch.float32 and weight.device.type in kinds
+
+
+def _size(layer: nn.Module) -> Size:
+    """The features that a layer reads and writes on this rank."""
+    written, read = cast(Tensor, layer.weight).shape[:: 1 if isinstance(layer, nn.Linear) else -1]
+    return read, written

@@ -27,7 +27,6 @@ from colrow.layers.inputs import Input
 from colrow.layers.linear_functions import (
     add_gradient_of_input,
     as_rows,
-    chosen,
     entered,
     gradient_of_input,
     gradient_of_weight,
@@ -87,7 +86,7 @@ class Siblings:
             return None
         self._results[number] = None
         read.versions[number] = weight._version
-        read.products[number] = products = chosen(layer.products, self._x, weight)
+        read.products[number] = products = layer.products
         torch._C._set_grad_enabled(False)  # what torch.no_grad() does, at a tenth of its cost
         try:
             result.data = product(self._x, weight, layer._parameters.get("bias"), layer._out_first, products)
