@@ -22,6 +22,7 @@ from colrow.collectives import (
     all_reduce_of,
     reduce_scatter_of,
 )
+from colrow.divided_backward import wanted_gradients
 from colrow.layers.products import Products, compiled_onednn, goes_to_onednn, onednn
 
 FEATURES_PER_BLOCK = 1024
@@ -204,7 +205,7 @@ class _LocalLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        needs_x, needs_weight, needs_bias = wanted_gradients(ctx)[:3]
         x_gradient = gradient_of_input(gradient, weight, ctx.out_first, ctx.products) if needs_x else None
         weight_gradient = None
         if needs_weight:
@@ -253,7 +254,7 @@ class ColumnLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        needs_x, needs_weight, needs_bias = wanted_gradients(ctx)[:3]
         x_gradient = pending = weight_gradient = None
         if needs_x:
             x_gradient = gradient_of_input(gradient, weight, ctx.out_first, ctx.products)
@@ -301,7 +302,7 @@ class RowLinear(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         # the gradient meets each rank's own shards: its second derivative is partial
         operand = entered(gradient, ctx.ranks, ctx.label)
-        bias_gradient = as_rows(gradient).sum(0) if ctx.needs_input_grad[2] else None
+        bias_gradient = as_rows(gradient).sum(0) if wanted_gradients(ctx)[2] else None
         return *_row_gradients(ctx, operand), bias_gradient, None, None, None, None
 
 
@@ -351,8 +352,9 @@ class RowProduct(torch.autograd.Function):
 def _row_gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
     x, weight = ctx.saved_tensors
     x_gradient = weight_gradient = None
-    if ctx.needs_input_grad[0]:
+    needs_x, needs_weight, *_ = wanted_gradients(ctx)
+    if needs_x:
         x_gradient = gradient_of_input(gradient, weight, ctx.out_first, ctx.products)
-    if ctx.needs_input_grad[1]:
+    if needs_weight:
         weight_gradient = gradient_of_weight(gradient, x, weight, ctx.out_first, ctx.products)
     return x_gradient, weight_gradient

@@ -23,6 +23,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from colrow.divided_backward import wanted_gradients
 from colrow.layers.inputs import Input
 from colrow.layers.linear_functions import (
     add_gradient_of_input,
@@ -179,7 +180,7 @@ class _Products(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         (kept,) = ctx.saved_tensors
         read: _Read = ctx.read
-        needs_kept, _, *needs = ctx.needs_input_grad
+        needs_kept, _, *needs = wanted_gradients(ctx)
         used: list[tuple[int, Tensor]] = []
         for number, gradient in enumerate(gradients):
             if gradient is not None:

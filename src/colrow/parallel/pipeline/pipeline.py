@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from colrow.collectives.failure import rank_failure_behind, transport_error_behi
 from colrow.collectives.pending import Step
 from colrow.collectives.position import compute_meanwhile
 from colrow.collectives.statistics import Call
+from colrow.divided_backward import Pass, divided_backward
 from colrow.errors import PlanError
 from colrow.parallel.pipeline.agree import agree
 from colrow.parallel.pipeline.evaluate import merge_results, run_forward
@@ -95,8 +96,8 @@ class _Clock:
             self.seconds += time.perf_counter() - begin
 
 
-class _TimedStage(PipelineStage):
-    """torch's stage, whose computations are timed."""
+class _Stage(PipelineStage):
+    """torch's stage, whose computations are timed, and whose layers know what a backward pass is for."""
 
     clock: _Clock
 
@@ -108,6 +109,11 @@ class _TimedStage(PipelineStage):
 
     def backward_weight_one_chunk(self, *arguments: Any, **keywords: Any) -> Any:
         return self.clock.time(super().backward_weight_one_chunk, *arguments, **keywords)
+
+    def backward_maybe_with_nosync(self, backward_type: str, *arguments: Any, **keywords: Any) -> Any:
+        is_divided = backward_type in get_args(Pass)
+        with divided_backward(backward_type) if is_divided else nullcontext():  # type: ignore[arg-type]
+            return super().backward_maybe_with_nosync(backward_type, *arguments, **keywords)
 
 
 class Pipeline(nn.Module):
@@ -304,7 +310,7 @@ class Pipeline(nn.Module):
             received = shapes.sent[index - 1] if index else ()
             sent = shapes.sent[index] if index + 1 < len(self.layout.stages) else None
             loss = torch.zeros((), device="meta", requires_grad=True)
-            stage = _TimedStage(
+            stage = _Stage(
                 module,
                 index,
                 len(self.layout.stages),
