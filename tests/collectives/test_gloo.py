@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -70,23 +71,32 @@ def _reduce_scatter() -> None:
     assert ranks.reduce_scatter(torch.ones(2 * ranks.size), 0).tolist() == [ranks.size] * 2
 
 
-def _in_chunks(hosts: Sequence[int], shape: tuple[int, ...], chunks: list[int]) -> None:
-    """Each chunk's reduction begins before the next chunk is computed."""
-    ranks = through_gloo(hosts)
-    parts = parts_of(ranks, shape, torch.float64)
-    x, begin = parts[ranks.rank], dist.all_reduce
-    events: list[object] = []
-
-    def compute(rows: Tensor) -> Tensor:
-        events.append(rows.shape[:-1].numel())
-        return rows @ torch.ones(shape[-1], 600, dtype=rows.dtype)
+@contextmanager
+def _noting(operation: str, events: list[object]) -> Iterator[None]:
+    """Each time a collective of torch's begins, ``events`` gets ``"begin"``."""
+    begin = getattr(dist, operation)
 
     def begun(*arguments: Any, **options: Any) -> object:
         events.append("begin")
         return begin(*arguments, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dist, "all_reduce", begun)
+        patch.setattr(dist, operation, begun)
+        yield
+
+
+def _in_chunks(hosts: Sequence[int], shape: tuple[int, ...], chunks: list[int]) -> None:
+    """Each chunk's reduction begins before the next chunk is computed."""
+    ranks = through_gloo(hosts)
+    parts = parts_of(ranks, shape, torch.float64)
+    x = parts[ranks.rank]
+    events: list[object] = []
+
+    def compute(rows: Tensor) -> Tensor:
+        events.append(rows.shape[:-1].numel())
+        return rows @ torch.ones(shape[-1], 600, dtype=rows.dtype)
+
+    with _noting("all_reduce", events):
         found = all_reduce_of(ranks, x, 600, compute, "sum")
     assert events == [event for chunk in chunks for event in (chunk, "begin")]
     exact = in_order(parts).sum(-1, keepdim=True).expand(*shape[:-1], 600)
@@ -148,7 +158,7 @@ def _scattered(
 ) -> None:
     """What is for others is sent before this rank computes its own part."""
     ranks = through_gloo(hosts)
-    parts, exchange = parts_of(ranks, shape, dtype), dist.all_to_all_single
+    parts = parts_of(ranks, shape, dtype)
     sizes = Cut.balanced(shape[dimension], ranks.size).counts
     events: list[object] = []
 
@@ -156,12 +166,7 @@ def _scattered(
         events.append(rows.shape[dimension])
         return rows @ torch.ones(shape[-1], 2100, dtype=rows.dtype)
 
-    def begun(*arguments: Any, **options: Any) -> object:
-        events.append("begin")
-        return exchange(*arguments, **options)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dist, "all_to_all_single", begun)
+    with _noting("all_to_all_single", events):
         found = reduce_scatter_of(ranks, parts[ranks.rank], 2100, compute, dimension, sizes, "sum")
     *others, own = [sizes[(ranks.rank + step) % ranks.size] for step in order] or [sum(sizes)]
     assert events == (

@@ -60,7 +60,7 @@ class KeptParts:
     def note(self, part: Tensor, whole: Tensor, again: GatheredInput) -> None:
         """``whole`` was gathered from ``part``, and its gradient will be wanted."""
         self._latest = None
-        if part.requires_grad and torch.is_grad_enabled() and not _is_recomputed():
+        if part.requires_grad and torch.is_grad_enabled() and not _may_be_recomputed():
             self._latest = _Gathered(part, whole, whole._version, again)
 
     def __call__(self, value: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ class KeptParts:
         if not (value.requires_grad and torch.is_grad_enabled()) or torch.compiler.is_dynamo_compiling():
             return None
         found = self._find(value)
-        if found is None and self._given_parts and not _is_recomputed():
+        if found is None and self._given_parts and not _may_be_recomputed():
             self._enter(value)
             found = self._find(value)
         if found is None:
@@ -102,7 +102,7 @@ class KeptParts:
             self._latest = None
 
 
-def _is_recomputed() -> bool:
+def _may_be_recomputed() -> bool:
     """Whether this is run again in a backward pass, or may be: then what autograd keeps is not kept long."""
     is_elsewhere = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
     return is_elsewhere or current_phase() == "backward"

@@ -18,7 +18,7 @@ from colrow.collectives.pending import Pending
 from colrow.collectives.shapes import in_a_row, joined
 from colrow.collectives.statistics import Call, Tally
 from colrow.transport import Memory
-from colrow.transport.c10d import plain
+from colrow.transport.operands import plain
 
 Plan: TypeAlias = tuple[Callable[[], None], Callable[[], Tensor]]
 

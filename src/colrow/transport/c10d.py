@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any, cast
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -18,9 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import AllgatherOptions, Store
 from torch.distributed import ProcessGroup, ProcessGroupGloo
-from torch.distributed._functional_collectives import AsyncCollectiveTensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from colrow.transport.operands import check_dtypes, copy_back, part_sizes, plain, real
 from colrow.transport.rendezvous import Memory, join
 from colrow.transport.work import Completed, Waiting
 
@@ -199,7 +198,7 @@ class SharedMemoryProcessGroup(ProcessGroup):
             for tensor in tensors:
                 buffer = plain(tensor)
                 shared.all_reduce(buffer, buffer, reduction)
-                _copy_back(buffer, tensor)
+                copy_back(buffer, tensor)
 
         return self._run("all_reduce", run, tensors)
 
@@ -221,7 +220,7 @@ class SharedMemoryProcessGroup(ProcessGroup):
                 works.append(work)
             else:
                 work.wait()
-                _copy_back(buffer, tensor)
+                copy_back(buffer, tensor)
         if len(works) == 1 and len(tensors) == 1:
             return works[0]
         for work in works:
@@ -238,7 +237,7 @@ class SharedMemoryProcessGroup(ProcessGroup):
             for tensor in tensors:
                 buffer = plain(tensor)
                 shared.broadcast(buffer, opts.rootRank)
-                _copy_back(buffer, tensor)
+                copy_back(buffer, tensor)
 
         return self._run("broadcast", run, tensors)
 
@@ -251,12 +250,12 @@ class SharedMemoryProcessGroup(ProcessGroup):
 
         def run() -> None:
             for parts, source in zip(outputs, inputs, strict=True):
-                _check_dtypes([source, *parts])
+                check_dtypes([source, *parts])
                 counts = self._counts("all_gather", parts, source)
                 result = source.new_empty(sum(counts))
                 shared.all_gather(plain(source), result, counts)
                 for part, piece in zip(parts, result.split(counts), strict=True):
-                    _copy_back(piece.view_as(part), part)
+                    copy_back(piece.view_as(part), part)
 
         return self._run("all_gather", run, [part for parts in outputs for part in parts])
 
@@ -277,7 +276,7 @@ class SharedMemoryProcessGroup(ProcessGroup):
 
         def run() -> None:
             for output, source in zip(outputs, inputs, strict=True):
-                _check_dtypes([output, source])
+                check_dtypes([output, source])
                 if output.numel() != source.numel() * self._own_size:
                     raise ValueError(
                         f"all_gather: {source.numel()} elements of each of {self._own_size} ranks do not "
@@ -285,7 +284,7 @@ class SharedMemoryProcessGroup(ProcessGroup):
                     )
                 buffer = plain(output)
                 shared.all_gather(plain(source), buffer)
-                _copy_back(buffer, output)
+                copy_back(buffer, output)
 
         return self._run("all_gather", run, outputs)
 
@@ -300,12 +299,12 @@ class SharedMemoryProcessGroup(ProcessGroup):
 
         def run() -> None:
             for output, parts in zip(outputs, inputs, strict=True):
-                _check_dtypes([output, *parts])
+                check_dtypes([output, *parts])
                 counts = self._counts("reduce_scatter", parts, output)
                 source = torch.cat([part.reshape(-1) for part in parts])
                 buffer = plain(output)
                 shared.reduce_scatter(source, buffer, counts, reduction)
-                _copy_back(buffer, output)
+                copy_back(buffer, output)
 
         return self._run("reduce_scatter", run, outputs)
 
@@ -326,7 +325,7 @@ class SharedMemoryProcessGroup(ProcessGroup):
 
         def run() -> None:
             for output, source in zip(outputs, inputs, strict=True):
-                _check_dtypes([output, source])
+                check_dtypes([output, source])
                 if source.numel() != output.numel() * self._own_size:
                     raise ValueError(
                         f"reduce_scatter: an input of {source.numel()} elements is not {output.numel()} "
@@ -334,7 +333,7 @@ class SharedMemoryProcessGroup(ProcessGroup):
                     )
                 buffer = plain(output)
                 shared.reduce_scatter(plain(source), buffer, None, reduction)
-                _copy_back(buffer, output)
+                copy_back(buffer, output)
 
         return self._run("reduce_scatter", run, outputs)
 
@@ -354,12 +353,12 @@ class SharedMemoryProcessGroup(ProcessGroup):
             )
 
         def run() -> None:
-            _check_dtypes([output, input])
-            given = _part_sizes(input, input_split_sizes, self._own_size)
-            taken = _part_sizes(output, output_split_sizes, self._own_size)
+            check_dtypes([output, input])
+            given = part_sizes(input, input_split_sizes, self._own_size)
+            taken = part_sizes(output, output_split_sizes, self._own_size)
             buffer = plain(output)
             shared.all_to_all(plain(input), buffer, given, taken)
-            _copy_back(buffer, output)
+            copy_back(buffer, output)
 
         return self._run("all_to_all", run, [output])
 
@@ -371,7 +370,7 @@ class SharedMemoryProcessGroup(ProcessGroup):
         result = source.new_empty(sum(taken))
         self.all_to_all_single(result, source, taken, given, opts).wait()
         for output, piece in zip(outputs, result.split(taken), strict=True):
-            _copy_back(piece.view_as(output), output)
+            copy_back(piece.view_as(output), output)
         return Completed(outputs)
 
     def barrier(self, opts: Any = None) -> dist.Work:
@@ -387,56 +386,6 @@ class SharedMemoryProcessGroup(ProcessGroup):
     _reduce_scatter_base = reduce_scatter_single  # type: ignore[assignment]
     reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced  # type: ignore[assignment]
     alltoall_base = all_to_all_single  # type: ignore[assignment]
-
-
-def plain(tensor: Tensor) -> Tensor:
-    """The tensor as it can be read from its address: contiguous, its numbers as they are.
-
-    Raises:
-        ValueError: see :func:`real`.
-    """
-    return real(tensor).resolve_conj().resolve_neg().contiguous()
-
-
-def real(tensor: Tensor) -> Tensor:
-    """The tensor that has the memory: what a functional collective gives, perhaps under way, has none.
-
-    Raises:
-        ValueError: if it is of another type that only wraps tensors.
-    """
-    kind: type = type(tensor)
-    untyped: Any = tensor
-    if kind is Tensor or not is_traceable_wrapper_subclass(untyped):
-        return tensor
-    if issubclass(kind, AsyncCollectiveTensor):
-        return cast(Tensor, cast(Any, tensor).trigger_wait())
-    raise ValueError(f"a {kind.__name__} has no memory of its own: give collectives its local tensor")
-
-
-def _copy_back(buffer: Tensor, tensor: Tensor) -> None:
-    """Into a tensor whose memory was not written to itself; also one that requires a gradient."""
-    if buffer is not tensor:
-        tensor.detach().copy_(buffer)
-
-
-def _check_dtypes(tensors: Sequence[Tensor]) -> None:
-    if len({tensor.dtype for tensor in tensors}) > 1:
-        raise ValueError(f"tensors of one dtype are needed, not {[tensor.dtype for tensor in tensors]}")
-
-
-def _part_sizes(tensor: Tensor, sizes: Sequence[int], ranks: int) -> list[int]:
-    """Elements of each rank's part of a tensor that is cut along its first dimension."""
-    extent = tensor.shape[0] if tensor.dim() else 1
-    row = tensor.numel() // extent if extent else 0
-    if not sizes:
-        if extent % ranks:
-            raise ValueError(
-                f"all_to_all: {extent} rows cannot be cut over {ranks} ranks equally: give sizes"
-            )
-        return [extent // ranks * row] * ranks
-    if len(sizes) != ranks or sum(sizes) != extent:
-        raise ValueError(f"all_to_all: the sizes {list(sizes)} do not cut {extent} rows over {ranks} ranks")
-    return [size * row for size in sizes]
 
 
 def _last(works: list[dist.Work], result: list[Tensor]) -> dist.Work:
