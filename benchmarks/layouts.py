@@ -21,14 +21,15 @@ from rich.table import Table
 
 from colrow.launch import launch
 
-LAYOUTS: dict[str, tuple[dict[str, int], str]] = {
-    "one process": ({}, "ddp"),
-    "tp=2": ({"tp": 2}, "ddp"),
-    "dp=2, ddp": ({"dp": 2}, "ddp"),
-    "dp=2, zero1": ({"dp": 2}, "zero1"),
-    "dp=2, fsdp": ({"dp": 2}, "fsdp"),
-    "pp=2, 1f1b": ({"pp": 2}, "ddp"),
-    "cp=2": ({"cp": 2}, "ddp"),
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "one process": {"mesh": {}},
+    "tp=2": {"mesh": {"tp": 2}},
+    "dp=2, ddp": {"mesh": {"dp": 2}},
+    "dp=2, zero1": {"mesh": {"dp": 2}, "data": "zero1"},
+    "dp=2, fsdp": {"mesh": {"dp": 2}, "data": "fsdp"},
+    "pp=2, 1f1b": {"mesh": {"pp": 2}},
+    "pp=2, zbv": {"mesh": {"pp": 2}, "schedule": "zbv"},
+    "cp=2": {"mesh": {"cp": 2}},
 }
 AGREEMENT = 1e-3
 """Relative difference of losses: sums are in other orders, and the steps before amplify that."""
@@ -44,9 +45,9 @@ def main() -> int:
     options = parser.parse_args()
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in LAYOUTS}
     for _ in range(options.rounds):
-        for name, (mesh, data) in LAYOUTS.items():
-            arguments = {"model": options.model, "mesh": mesh, "data": data, "steps": options.steps}
-            ranks = max(mesh.values(), default=1)
+        for name, layout in LAYOUTS.items():
+            arguments = {"model": options.model, "steps": options.steps, **layout}
+            ranks = max(layout["mesh"].values(), default=1)
             found[name].append(
                 launch("layouts_worker:run", arguments, ranks, threads_per_rank=1, timeout=300)
             )

@@ -17,7 +17,9 @@ from colrow.trace import Example
 from step_worker import SIZES, build_model, peak_megabytes
 
 
-def run(model: str, mesh: Mapping[str, int], data: str, steps: int) -> dict[str, Any]:
+def run(
+    model: str, mesh: Mapping[str, int], steps: int, data: str = "ddp", schedule: str = "1f1b"
+) -> dict[str, Any]:
     """Train the same global batches on any mesh, or, with an empty one, by the model alone.
 
     Returns:
@@ -34,7 +36,8 @@ def run(model: str, mesh: Mapping[str, int], data: str, steps: int) -> dict[str,
     cut: Any = colrow.parallelize(whole, ranks, calls).train() if mesh else whole.train()
     rows = SIZES[model].batch
     if size_of(ranks, "pp") > 1:
-        cut = colrow.pipeline_parallel(cut, ranks, calls["training"], micro_batches=rows).train()
+        pipeline = {"schedule": schedule, "micro_batches": rows}
+        cut = colrow.pipeline_parallel(cut, ranks, calls["training"], **pipeline).train()
     if replicas(ranks).size() > 1:
         cut = colrow.data_parallel(cut, ranks, "fsdp" if data == "fsdp" else "ddp")
     optimizer: torch.optim.Optimizer

@@ -36,11 +36,9 @@ DIMENSIONS = {
 """The dimensions that make sense for each model."""
 DATA = ("ddp", "zero1", "fsdp")
 SCHEDULES = ("1f1b", "gpipe", "zbv", "interleaved_1f1b", "interleaved_zero_bubble")
-"""Of pipelines; each case has another one. What passes between stages of T5 are several values."""
+"""Of pipelines; each case has another one."""
 ONE_STAGE = ("1f1b", "gpipe")
 """Those that give each rank one stage: the models have four layers."""
-DIVIDING = ("zbv", "interleaved_zero_bubble")
-"""Those that divide backward passes, which takes no parts of sequences."""
 STAGES, EXPERTS = 4, 5
 SECONDS = 120.0
 """For one case."""
@@ -48,8 +46,7 @@ SECONDS = 120.0
 
 def cases(models: Sequence[str], ranks: int, sequence: bool) -> Iterator[dict[str, Any]]:
     """All cases of so many ranks. How replicas train together matters where there are some."""
-    schedules = [one for one in SCHEDULES if not (sequence and one in DIVIDING)]
-    several, single = itertools.cycle(schedules), itertools.cycle(ONE_STAGE)
+    several, single = itertools.cycle(SCHEDULES), itertools.cycle(ONE_STAGE)
     for model in models:
         names = DIMENSIONS[model]
         divisors = [size for size in range(1, ranks + 1) if ranks % size == 0]
@@ -63,8 +60,7 @@ def cases(models: Sequence[str], ranks: int, sequence: bool) -> Iterator[dict[st
                 continue
             has_replicas = mesh["dp"] * mesh.get("ep", 1) * mesh.get("cp", 1) > 1
             for data in DATA if has_replicas else DATA[:1]:
-                takes_several = mesh["pp"] == 2 and model != "t5"
-                schedule = next(several if takes_several else single) if mesh["pp"] > 1 else ""
+                schedule = next(several if mesh["pp"] == 2 else single) if mesh["pp"] > 1 else ""
                 case = {"model": model, "mesh": mesh, "data": data, "schedule": schedule}
                 yield {**case, "sequence": sequence}
 

@@ -10,7 +10,7 @@ from colrow.layers.linear import (
     row_parallel,
 )
 from colrow.layers.linear_cross_entropy import linear_cross_entropy
-from colrow.layers.local import multiply_faster
+from colrow.layers.local import make_local, multiply_faster
 from colrow.layers.lookup import lookup
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "cross_entropy",
     "linear_cross_entropy",
     "lookup",
+    "make_local",
     "multiply_faster",
     "row_parallel",
 ]

@@ -22,7 +22,7 @@ from colrow.collectives import (
     all_reduce_of,
     reduce_scatter_of,
 )
-from colrow.divided_backward import wanted_gradients
+from colrow.layers.later import is_collecting, now_or_later
 from colrow.layers.products import Products, compiled_onednn, goes_to_onednn, onednn
 
 FEATURES_PER_BLOCK = 1024
@@ -57,6 +57,8 @@ def local_linear(
         out_first: whether the weight is [out, in], as that of ``nn.Linear``; else as that of ``Conv1D``.
         products: who multiplies.
     """
+    if is_collecting() and not torch.compiler.is_compiling() and torch.is_grad_enabled():
+        return _LocalLinear.apply(*autocast(x, weight, bias), out_first, products)
     if type(x) is not Tensor or not goes_to_onednn(products.rows_from, x, weight):
         return product(x, weight, bias, out_first)
     if torch.is_autocast_enabled(x.device.type):
@@ -190,6 +192,14 @@ def _no_view(result: Tensor) -> Tensor:
     return torch.ops.aten._unsafe_view(result, result.shape) if result._is_view() else result
 
 
+def _of_weight(ctx: Any, gradient: Tensor, x: Tensor, weight: Tensor) -> Tensor | None:
+    """The gradient of a function's second operand, its weight; ``None`` if it is left for later."""
+    out_first, products = ctx.out_first, ctx.products
+    return now_or_later(
+        ctx.next_functions[1][0], lambda: gradient_of_weight(gradient, x, weight, out_first, products)
+    )
+
+
 class _LocalLinear(torch.autograd.Function):
     """V x V -> V, without a collective."""
 
@@ -205,11 +215,11 @@ class _LocalLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias = wanted_gradients(ctx)[:3]
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         x_gradient = gradient_of_input(gradient, weight, ctx.out_first, ctx.products) if needs_x else None
         weight_gradient = None
         if needs_weight:
-            weight_gradient = gradient_of_weight(gradient, x, weight, ctx.out_first, ctx.products)
+            weight_gradient = _of_weight(ctx, gradient, x, weight)
         bias_gradient = as_rows(gradient).sum(0) if needs_bias else None
         return x_gradient, weight_gradient, bias_gradient, None, None
 
@@ -254,7 +264,7 @@ class ColumnLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias = wanted_gradients(ctx)[:3]
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         x_gradient = pending = weight_gradient = None
         if needs_x:
             x_gradient = gradient_of_input(gradient, weight, ctx.out_first, ctx.products)
@@ -265,7 +275,7 @@ class ColumnLinear(torch.autograd.Function):
         if needs_weight:
             # here x meets each rank's own gradient: its second derivative is partial
             operand = entered(x, ctx.ranks, ctx.label)
-            weight_gradient = gradient_of_weight(gradient, operand, weight, ctx.out_first, ctx.products)
+            weight_gradient = _of_weight(ctx, gradient, operand, weight)
         bias_gradient = as_rows(gradient).sum(0) if needs_bias else None
         if pending is not None:
             x_gradient = pending.wait()
@@ -302,7 +312,7 @@ class RowLinear(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         # the gradient meets each rank's own shards: its second derivative is partial
         operand = entered(gradient, ctx.ranks, ctx.label)
-        bias_gradient = as_rows(gradient).sum(0) if wanted_gradients(ctx)[2] else None
+        bias_gradient = as_rows(gradient).sum(0) if ctx.needs_input_grad[2] else None
         return *_row_gradients(ctx, operand), bias_gradient, None, None, None, None
 
 
@@ -352,9 +362,8 @@ class RowProduct(torch.autograd.Function):
 def _row_gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
     x, weight = ctx.saved_tensors
     x_gradient = weight_gradient = None
-    needs_x, needs_weight, *_ = wanted_gradients(ctx)
-    if needs_x:
+    if ctx.needs_input_grad[0]:
         x_gradient = gradient_of_input(gradient, weight, ctx.out_first, ctx.products)
-    if needs_weight:
-        weight_gradient = gradient_of_weight(gradient, x, weight, ctx.out_first, ctx.products)
+    if ctx.needs_input_grad[1]:
+        weight_gradient = _of_weight(ctx, gradient, x, weight)
     return x_gradient, weight_gradient

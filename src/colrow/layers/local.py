@@ -12,7 +12,7 @@ from colrow.collectives import Communicator
 from colrow.layers.faster import Size, agreed_products
 from colrow.layers.linear import ColumnParallel, RowParallel, change_class
 from colrow.layers.linear_functions import local_linear
-from colrow.layers.products import Products
+from colrow.layers.products import BY_TORCH, Products
 from colrow.modules import is_linear
 
 
@@ -22,6 +22,9 @@ class Local(nn.Module):
     products: Products
     _out_first: bool
 
+    def _become_local(self, products: Products) -> None:
+        self._out_first, self.products = isinstance(self, nn.Linear), products
+
     def forward(self, x: Tensor) -> Tensor:
         """``x`` [..., in] -> [..., out]."""
         weight, bias = cast(Tensor, self.weight), cast("Tensor | None", self.bias)
@@ -30,6 +33,13 @@ class Local(nn.Module):
 
 class LocalLinear(Local, nn.Linear):
     """:class:`Local`, for ``nn.Linear``."""
+
+
+def make_local(module: nn.Module, products: Products = BY_TORCH) -> None:
+    """Make a plain linear layer one of colrow's, in place: :class:`Local`."""
+    change_class(module, Local, LocalLinear, "")
+    assert isinstance(module, Local)
+    module._become_local(products)
 
 
 def multiply_faster(model: nn.Module, ranks: Communicator) -> None:
@@ -53,8 +63,7 @@ def multiply_faster(model: nn.Module, ranks: Communicator) -> None:
         if isinstance(layer, ColumnParallel | RowParallel):
             layer.products = products
         elif products.rows_from is not None:
-            change_class(layer, Local, LocalLinear, "")
-            layer._out_first, layer.products = isinstance(layer, nn.Linear), products  # type: ignore[assignment]
+            make_local(layer, products)
 
 
 def _multiplies(module: nn.Module, kinds: Collection[str]) -> bool:

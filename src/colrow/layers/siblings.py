@@ -18,13 +18,14 @@ gradient comes from it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from colrow.divided_backward import wanted_gradients
 from colrow.layers.inputs import Input
+from colrow.layers.later import now_or_later
 from colrow.layers.linear_functions import (
     add_gradient_of_input,
     as_rows,
@@ -180,7 +181,7 @@ class _Products(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         (kept,) = ctx.saved_tensors
         read: _Read = ctx.read
-        needs_kept, _, *needs = wanted_gradients(ctx)
+        needs_kept, _, *needs = ctx.needs_input_grad
         used: list[tuple[int, Tensor]] = []
         for number, gradient in enumerate(gradients):
             if gradient is not None:
@@ -205,9 +206,9 @@ class _Products(torch.autograd.Function):
             x = as_rows(x)
         for number, rows in used:
             if needs[number]:
-                found[number] = gradient_of_weight(
-                    rows, x, read.weights[number], read.out_first[number], read.products[number]
-                )
+                operands = rows, x, read.weights[number], read.out_first[number], read.products[number]
+                compute = partial(gradient_of_weight, *operands)
+                found[number] = now_or_later(ctx.next_functions[1 + number][0], compute)
             if needs[len(gradients) + number]:
                 found[len(gradients) + number] = rows.sum(0)
         if pending is not None:

@@ -7,11 +7,9 @@ from typing import Any
 
 import pytest
 
-import colrow
-from colrow.errors import PlanError
-from tests.parallel.pipeline.models import build, example_of
+from tests.parallel.pipeline.models import build
 from tests.parallel.pipeline.training import trains_as_one
-from tests.pool import Pool, worker_mesh
+from tests.pool import Pool
 
 Case = tuple[str, dict[str, int], dict[str, Any]]
 
@@ -28,6 +26,8 @@ CASES: dict[str, Case] = {
     "three stages": ("llama", {"pp": 3}, {}),
     "tensor-parallel stages": ("llama", {"pp": 2, "tp": 2}, {}),
     "a V": ("llama tied", {"pp": 2}, {"schedule": "zbv"}),
+    "a V of values that skip a stage": ("skips", {"pp": 2}, {"schedule": "zbv"}),
+    "a V along the sequence": ("llama", {"pp": 2, "tp": 2}, {"schedule": "zbv", "sequence": True}),
 }
 SLOW: dict[str, Case] = {
     "three stages, tied": ("llama tied", {"pp": 3}, {"micro_batches": 4, "schedule": "gpipe"}),
@@ -35,6 +35,12 @@ SLOW: dict[str, Case] = {
     "four stages with skips": ("skips", {"pp": 4}, {}),
     "tensor-parallel stages that cut the sequence": ("llama", {"pp": 2, "tp": 2}, {"sequence": True}),
     "tensor-parallel stages, zero bubble": ("llama tied", {"pp": 2, "tp": 2}, {"schedule": "zbv"}),
+    "zero bubble along the sequence": (
+        "llama tied",
+        {"pp": 2, "tp": 2},
+        {"schedule": "interleaved_zero_bubble", "sequence": True},
+    ),
+    "zero bubble of both": ("t5", {"pp": 2}, {"schedule": "interleaved_zero_bubble"}),
     "tensor-parallel stages of both": ("t5", {"pp": 2, "tp": 2}, {"stages": ["decoder.block.1"]}),
 }
 
@@ -52,38 +58,6 @@ def _check(pools: Callable[[int], Pool], case: Case, data: str = "") -> None:
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_stages(ranks: Callable[[int], Pool], case: Case) -> None:
     _check(ranks, case)
-
-
-def _zero_bubble_of_several_values() -> str:
-    with pytest.raises(PlanError) as raised:
-        colrow.pipeline_parallel(
-            build("t5"),
-            worker_mesh(tp=1, pp=2),
-            example_of("t5"),
-            schedule="interleaved_zero_bubble",
-            micro_batches=2,
-        )
-    return str(raised.value)
-
-
-def test_zero_bubble_takes_one_value(ranks: Callable[[int], Pool]) -> None:
-    """torch computes the gradients of each received value by itself, through graphs that they share."""
-    for message in ranks(2).run(_zero_bubble_of_several_values):
-        assert "values pass between stages here, and interleaved_zero_bubble takes one" in message
-
-
-def _zero_bubble_along_a_sequence() -> str:
-    mesh = worker_mesh(tp=2, pp=2)
-    model = colrow.parallelize(build("llama"), mesh, example_of("llama"), sequence=True)
-    with pytest.raises(PlanError) as raised:
-        colrow.pipeline_parallel(model, mesh, example_of("llama"), schedule="zbv", micro_batches=4)
-    return str(raised.value)
-
-
-def test_zero_bubble_takes_no_parts_of_sequences(ranks: Callable[[int], Pool]) -> None:
-    for message in ranks(4).run(_zero_bubble_along_a_sequence):
-        assert "zbv divides backward passes" in message
-        assert "sequence=False" in message
 
 
 @pytest.mark.slow

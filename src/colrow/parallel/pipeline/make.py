@@ -14,8 +14,10 @@ from colrow.apply.parallelize import examples_of
 from colrow.apply.refusals import refuse_own_save
 from colrow.collectives import Communicator, communicator
 from colrow.errors import PlanError
+from colrow.layers import make_local
 from colrow.layout import TensorLayout
 from colrow.mesh import size_of
+from colrow.modules import is_linear
 from colrow.parallel.pipeline.choose import chosen_boundaries, named_boundaries
 from colrow.parallel.pipeline.flow import Flow, flow_of
 from colrow.parallel.pipeline.gradients import SharedGradients
@@ -95,13 +97,6 @@ def pipeline_parallel(
     state = _state_for(model, mesh)
     if state.pipeline is not None:
         raise PlanError("", "the model is in a pipeline already", "Start from the original model.")
-    if kind.splits and state.lengths:
-        raise PlanError(
-            "",
-            f"{schedule} divides backward passes, and gradients of norms, which each rank has of its tokens "
-            "only, are summed in one piece: the passes of their weights would go the same way twice",
-            "Use another schedule, such as 1f1b or interleaved_1f1b, or parallelize with sequence=False.",
-        )
     shown = examples_of(example)
     recording = record_units(model, shown.get(MODE, next(iter(shown.values()))))
     flow = flow_of(recording)
@@ -115,14 +110,6 @@ def pipeline_parallel(
     check_equal_weights(model, ranks)
     names = [name for name, _ in model.named_parameters()]
     layout = lay_out(recording, flow, boundaries, rank_of, names)
-    several = next((stage for stage in layout.stages if len(stage.receives) > 1), None)
-    if kind.splits and several is not None:
-        raise PlanError(
-            recording.calls[several.first].path,
-            f"{len(several.receives)} values pass between stages here, and {schedule} takes one: it computes "
-            "the gradients of what a stage received before those of its weights, for each value by itself",
-            "Use another schedule, such as 1f1b or interleaved_1f1b.",
-        )
     return _cut(model, mesh, ranks, state, recording, flow, layout, schedule, micro_batches, weigh)
 
 
@@ -174,6 +161,9 @@ def _cut(
     device = torch.device(mesh.device_type)
     frame = Frame([without_trace(call) for call in recording.calls], frozenset(flow.written), device)
     held = frozenset().union(*(stage.parameters for stage in own))
+    if schedule_kind(schedule).splits:
+        for module in [one for one in model.modules() if is_linear(one)]:
+            make_local(module)  # which leave gradients of weights for later
     called = {recording.calls[index].path for stage in own for index in range(stage.first, stage.last)}
     sizes = {name: parameter.element_size() for name, parameter in model.named_parameters()}
     all_names = frozenset(name for name, _ in model.named_parameters(remove_duplicate=False))

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol, get_args
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,8 @@ from colrow.collectives.failure import rank_failure_behind, transport_error_behi
 from colrow.collectives.pending import Step
 from colrow.collectives.position import compute_meanwhile
 from colrow.collectives.statistics import Call
-from colrow.divided_backward import Pass, divided_backward
 from colrow.errors import PlanError
+from colrow.layers.later import WeightGradients
 from colrow.parallel.pipeline.agree import agree
 from colrow.parallel.pipeline.evaluate import merge_results, run_forward
 from colrow.parallel.pipeline.gradients import SharedGradients
@@ -97,23 +97,28 @@ class _Clock:
 
 
 class _Stage(PipelineStage):
-    """torch's stage, whose computations are timed, and whose layers know what a backward pass is for."""
+    """torch's stage, whose computations are timed.
+
+    Attributes:
+        clock: times them.
+        later: takes what backward passes leave for later, where the schedule divides them.
+    """
 
     clock: _Clock
+    later: WeightGradients | None
+
+    def _compute(self, function: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
+        with nullcontext() if self.later is None else self.later.collecting():
+            return self.clock.time(function, *arguments, **keywords)
 
     def forward_one_chunk(self, *arguments: Any, **keywords: Any) -> Any:
-        return self.clock.time(super().forward_one_chunk, *arguments, **keywords)
+        return self._compute(super().forward_one_chunk, *arguments, **keywords)
 
     def backward_one_chunk(self, *arguments: Any, **keywords: Any) -> Any:
-        return self.clock.time(super().backward_one_chunk, *arguments, **keywords)
+        return self._compute(super().backward_one_chunk, *arguments, **keywords)
 
     def backward_weight_one_chunk(self, *arguments: Any, **keywords: Any) -> Any:
         return self.clock.time(super().backward_weight_one_chunk, *arguments, **keywords)
-
-    def backward_maybe_with_nosync(self, backward_type: str, *arguments: Any, **keywords: Any) -> Any:
-        is_divided = backward_type in get_args(Pass)
-        with divided_backward(backward_type) if is_divided else nullcontext():  # type: ignore[arg-type]
-            return super().backward_maybe_with_nosync(backward_type, *arguments, **keywords)
 
 
 class Pipeline(nn.Module):
@@ -172,8 +177,7 @@ class Pipeline(nn.Module):
         Raises:
             ValueError: if the batch cannot be divided into equal micro-batches, no label counts, or the ranks
                 of the pipeline are given different batches or weights.
-            PlanError: if the model computes no loss, or calls its layers in another order than its example;
-                if the schedule divides backward passes and all stages before one are frozen.
+            PlanError: if the model computes no loss, or calls its layers in another order than its example.
             RankFailure: if another rank died, raised or did not come in time.
         """
         if not torch.is_grad_enabled():
@@ -287,29 +291,17 @@ class Pipeline(nn.Module):
         names = [name for name, one in self.model.named_parameters() if one.requires_grad]
         return agree(self._ranks, self._device, batch, call, names)
 
-    def _check_frozen(self, shapes: BatchShapes) -> None:
-        """torch finds no gradients of weights in a stage that receives nothing with a gradient."""
-        for index, sent in enumerate(shapes.sent[:-1]):
-            if not any(one.requires_grad for one in sent):
-                raise PlanError(
-                    "",
-                    f"{self._schedule} divides backward passes, which leaves stage {index + 1} without "
-                    "gradients where all parameters before it are frozen",
-                    "Use another schedule, such as 1f1b or interleaved_1f1b, or train something before it.",
-                )
-
     def _schedule_for(self, shapes: BatchShapes) -> Any:
         """torch's schedule, with buffers for what is received: those of the last shapes are kept."""
         if self._made is not None and self._made[0] is shapes:
             return self._made[1]
         kind = schedule_kind(self._schedule)
-        if kind.splits:
-            self._check_frozen(shapes)
         stages = []
         for index, module in sorted(self._stages.items()):
             received = shapes.sent[index - 1] if index else ()
             sent = shapes.sent[index] if index + 1 < len(self.layout.stages) else None
             loss = torch.zeros((), device="meta", requires_grad=True)
+            later = WeightGradients() if kind.splits else None
             stage = _Stage(
                 module,
                 index,
@@ -318,8 +310,9 @@ class Pipeline(nn.Module):
                 input_args=tuple(one.blank("meta") for one in received),
                 output_args=(loss,) if sent is None else tuple(one.blank("meta") for one in sent),
                 group=self._ranks.group,
+                dw_builder=None if later is None else later.take,
             )
-            stage.clock = self._clock
+            stage.clock, stage.later = self._clock, later
             stages.append(stage)
         given = stages[0] if kind.single else stages
         schedule = kind.make(given, self.micro_batches, loss_fn=_given_loss, scale_grads=False)
