@@ -36,7 +36,7 @@ def run(
     cut: Any = colrow.parallelize(whole, ranks, calls).train() if mesh else whole.train()
     rows = SIZES[model].batch
     if size_of(ranks, "pp") > 1:
-        pipeline = {"schedule": schedule, "micro_batches": rows}
+        pipeline: dict[str, Any] = {"schedule": schedule, "micro_batches": rows}
         cut = colrow.pipeline_parallel(cut, ranks, calls["training"], **pipeline).train()
     if replicas(ranks).size() > 1:
         cut = colrow.data_parallel(cut, ranks, "fsdp" if data == "fsdp" else "ddp")
