@@ -31,7 +31,7 @@ DIMENSIONS = {
     "llama": ("pp", "dp", "cp", "tp"),
     "gpt2": ("pp", "dp", "cp", "tp"),
     "t5": ("pp", "dp", "tp"),
-    "mixtral": ("pp", "dp", "ep", "tp"),
+    "mixtral": ("pp", "dp", "ep", "cp", "tp"),
 }
 """The dimensions that make sense for each model."""
 DATA = ("ddp", "zero1", "fsdp")

@@ -19,16 +19,15 @@ from colrow.collectives import Communicator
 from colrow.collectives.pending import Pending
 from colrow.collectives.statistics import CommStats
 from colrow.errors import PlanError
-from colrow.localise import arguments
+from colrow.localise.arguments import plain_numbers
 from colrow.plan import Gather, ModuleOutput, Plan
 from colrow.plan.selection import CannotPlaceError
 from colrow.plan.sequence.cut import SequenceCut
 from colrow.plan.states import States
 from colrow.sources import short_path
 from colrow.trace import Example, Trace, TraceError, trace_together
-from colrow.trace.integers import TracedInt
 from colrow.trace.meta import meta_copy
-from colrow.trace.records import FunctionCall, ModuleCall, Operation, Value
+from colrow.trace.records import ModuleCall, Operation, Value
 from colrow.trace.tree import Path as ItemPath
 
 
@@ -253,42 +252,19 @@ def _compare_numbers(found: Trace, states: States, plan: Plan) -> None:
         CannotPlaceError: if a number other than a size differs.
     """
     changed = {(one.place.module, one.place.call.code, one.place.call.line) for one in plan.integers}
-    local = {_place(call): call for call in found.calls}
+    local = {call.place: call for call in found.calls}
     for call in states.selection.trace.calls:
-        other = local.get(_place(call))
+        other = local.get(call.place)
         code = getattr(call.site.code, "co_qualname", call.site.code.co_name)
         if other is None or (call.module.path, code, call.site.line) in changed:
             continue
-        for (path, number), (same, part) in zip(_numbers(call), _numbers(other), strict=False):
+        for (path, number), (same, part) in zip(plain_numbers(call), plain_numbers(other), strict=False):
             if path == same and number != part:
                 operations = states.selection.trace.operations[call.first : call.last]
                 raise states.selection.cannot(
                     f"the program computes with a size that would become local: {number} is {part} on a rank",
                     *operations,
                 )
-
-
-def _place(call: FunctionCall) -> tuple[int, str, int, int, int]:
-    return (
-        call.module.index,
-        call.name,
-        id(call.site.code),
-        call.site.instruction,
-        call.occurrence,
-    )
-
-
-def _numbers(call: FunctionCall) -> list[tuple[ItemPath, float]]:
-    """Numbers among the arguments whose origin is not known, with their paths."""
-    found: list[tuple[ItemPath, float]] = []
-
-    def collect(path: ItemPath, item: object) -> object:
-        if isinstance(item, int | float) and not isinstance(item, bool | TracedInt):
-            found.append((path, item))
-        return item
-
-    arguments.changed(call, collect)
-    return found
 
 
 def _mismatch(

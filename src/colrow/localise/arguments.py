@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from colrow.trace.integers import TracedInt
 from colrow.trace.records import FunctionCall, Operation, Value
 from colrow.trace.tree import Path
 
@@ -22,6 +23,19 @@ def integers_of(call: FunctionCall) -> dict[Path, int]:
 
     _walk((call.arguments, call.keywords), collect, (), values=False)
     return {path[1:]: number for path, number in found.items()}
+
+
+def plain_numbers(call: FunctionCall) -> list[tuple[Path, float]]:
+    """The numbers among the arguments of a call of which is not known where they come from."""
+    found: list[tuple[Path, float]] = []
+
+    def collect(path: Path, item: Any) -> Any:
+        if isinstance(item, int | float) and not isinstance(item, bool | TracedInt):
+            found.append((path, item))
+        return item
+
+    changed(call, collect)
+    return found
 
 
 def values_of(item: Any) -> list[Value]:

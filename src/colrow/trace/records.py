@@ -157,6 +157,12 @@ class FunctionCall:
     def name(self) -> str:
         return getattr(self.function, "__name__", str(self.function))
 
+    @property
+    def place(self) -> tuple[int, str, int, int, int]:
+        """The same in a recording of the same program with other sizes."""
+        site = self.site
+        return self.module.index, self.name, id(site.code), site.instruction, self.occurrence
+
 
 @dataclass(eq=False, slots=True)
 class Operation:

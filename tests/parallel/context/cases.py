@@ -32,6 +32,40 @@ class Case(nn.Module):
         return result
 
 
+class Ends(nn.Module):
+    """Two layers, and an end that makes of [batch, tokens, width] what is not one for each token."""
+
+    def __init__(self, end: Callable[[Ends, Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.end = end
+        self.tokens = nn.Embedding(VOCABULARY, WIDTH)
+        self.layers = nn.ModuleList(Layer(WIDTH, 2) for _ in range(2))
+        self.head = nn.Linear(WIDTH, 3)
+        self.double()
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Whatever the end makes."""
+        x = self.tokens(ids)
+        for layer in self.layers:
+            x = layer(x)
+        result: Tensor = self.end(self, x)
+        return result
+
+
+GATHERED: dict[str, Callable[..., Tensor]] = {
+    "mean": lambda model, x: model.head(x.mean(1)),
+    "last token": lambda model, x: model.head(x[:, -1]),
+    "first token": lambda model, x: model.head(x[:, 0]),
+    "largest": lambda model, x: model.head(x.amax(1)),
+    "norm": lambda model, x: x.norm(),
+    "of classes": lambda model, x: F.cross_entropy(model.head(x.mean(1)), torch.tensor([2, 0])),
+    "mean by sum": lambda model, x: (y := x.tanh().flatten(0, 1).clone()).sum(0) / float(len(y)),
+    "products": lambda model, x: model.head(x.mT @ x),
+}
+"""Ends for which the tokens of all ranks are gathered."""
+
+
 def all_computed(model: Case, x: Tensor, ids: Tensor, mask: Tensor | None) -> Tensor:
     """One after the other."""
     for change in COMPUTED.values():
@@ -92,4 +126,6 @@ REFUSED: dict[str, Callable[..., Tensor]] = {
     "by len": lambda model, x, ids, mask: x * 2 if len(x[0]) > 9 else x,
     "by length": lambda model, x, ids, mask: x * 2 if x.shape[1] > 9 else x,
     "summed mask": lambda model, x, ids, mask: x / mask.sum(),
+    "gate": lambda model, x, ids, mask: x * x.mean(1, keepdim=True).sigmoid(),
+    "dropped mean": lambda model, x, ids, mask: x + F.dropout(x.mean(1, keepdim=True)),
 }

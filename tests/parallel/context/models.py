@@ -9,12 +9,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 import colrow
-from colrow.state import placed_parameters
-from tests.apply.comparison import assemble, largest_error
+from colrow.mesh import data_part
+from colrow.verify.precision import cast
+from tests.apply.comparison import largest_error
 from tests.apply.double import in_double
+from tests.parallel.experts.training import gradient_of, whole
 
 VOCABULARY = 61
 IGNORED = -100
@@ -80,6 +91,60 @@ def gpt2() -> nn.Module:
     return in_double(GPT2LMHeadModel(config))
 
 
+def mixtral() -> nn.Module:
+    """5 experts, and a loss of its routers over all tokens; 5 heads that read one key-value head."""
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=20,
+        intermediate_size=11,
+        num_hidden_layers=2,
+        num_attention_heads=5,
+        num_key_value_heads=1,
+        head_dim=4,
+        num_local_experts=5,
+        num_experts_per_tok=2,
+        output_router_logits=True,
+        router_aux_loss_coef=0.5,
+        experts_implementation="eager",  # the grouped product takes no float64
+    )
+    return _spread(MixtralForCausalLM(config))
+
+
+def deepseek() -> nn.Module:
+    """Latent attention of 4 heads; experts in groups, of which one is shared, behind a dense layer."""
+    torch.manual_seed(0)
+    config = DeepseekV3Config(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=12,
+        moe_intermediate_size=10,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=2,
+        topk_group=1,
+        first_k_dense_replace=1,
+        q_lora_rank=8,
+        kv_lora_rank=8,
+        qk_rope_head_dim=4,
+        qk_nope_head_dim=4,
+        v_head_dim=4,
+        experts_implementation="eager",
+    )
+    return _spread(DeepseekV3ForCausalLM(config))
+
+
+def _spread(model: nn.Module) -> nn.Module:
+    """In float64, with weights so large that tokens choose different experts."""
+    for name, parameter in model.named_parameters():
+        if parameter.dim() >= 2:
+            nn.init.normal_(parameter, std=0.5, generator=torch.Generator().manual_seed(len(name)))
+    return cast(model, torch.float64)
+
+
 class Layer(nn.Module):
     """Attention and a feed-forward layer, as many write them."""
 
@@ -101,6 +166,18 @@ class Layer(nn.Module):
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         x = x + self.out(mixed.transpose(1, 2).contiguous().view(rows, tokens, width))
         return x + self.down(F.gelu(self.up(self.before_features(x))))
+
+
+def error_of_gradients(model: nn.Module, original: nn.Module) -> float:
+    """The largest error of a gradient: of the mean over all ranks, which hold all parameters whole."""
+    errors = []
+    for one, other in zip(model.parameters(), original.parameters(), strict=True):
+        assert one.grad is not None
+        assert other.grad is not None
+        total = one.grad.clone()
+        torch.distributed.all_reduce(total)
+        errors.append(largest_error(total / torch.distributed.get_world_size(), other.grad, floor=1e-6))
+    return max(errors)
 
 
 class Nano(nn.Module):
@@ -192,8 +269,7 @@ def differences(
 ) -> dict[str, float]:
     """On a rank: how far losses, gradients, logits and parameters after steps are from one process's."""
     mesh = mesh_of(**sizes)
-    replicas = sizes.get("dp", 1)
-    replica = mesh.get_local_rank("dp")
+    replica, replicas = data_part(mesh)
     original, model = build(), build()
     example = named(model, batch_of(0, 9))
     model = colrow.parallelize(model, mesh, example, **options)
@@ -213,23 +289,17 @@ def differences(
         note("loss", own.detach(), loss_of(original(**batches[replica])).detach())
         own.backward()
         if data == "ddp":
-            gradients = {
-                one.name: one.parameter.grad
-                for one in placed_parameters(trained)
-                if one.parameter.grad is not None
-            }
-            whole = assemble(trained, gradients)
+            gradients = whole(trained, gradient_of)
             for name, parameter in original.named_parameters():
                 assert parameter.grad is not None
-                note(f"gradient {name}", whole[name], parameter.grad)
+                note(f"gradient {name}", gradients[name], parameter.grad)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
     if data == "ddp":
-        parameters: dict[str, Tensor] = {one.name: one.parameter for one in placed_parameters(trained)}
-        whole = assemble(trained, parameters)
+        parameters = whole(trained, lambda one: one)
         for name, parameter in original.named_parameters():
-            note(f"parameter {name}", whole[name], parameter.detach())
+            note(f"parameter {name}", parameters[name], parameter.detach())
     original.eval(), trained.eval()
     with torch.no_grad():
         ids = {name: one for name, one in batches[replica].items() if name in ("ids", "input_ids")}

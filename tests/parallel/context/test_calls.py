@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import MistralConfig, MistralForCausalLM
 
 import colrow
@@ -17,24 +17,13 @@ from tests.parallel.context.models import (
     VOCABULARY,
     Nano,
     batch_of,
+    error_of_gradients,
     llama_ring,
     llama_ulysses,
     mesh_of,
     named,
 )
 from tests.pool import Pool
-
-
-def _error_of_gradients(model: nn.Module, original: nn.Module) -> float:
-    """Of the mean over two ranks."""
-    errors = []
-    for one, other in zip(model.parameters(), original.parameters(), strict=True):
-        assert one.grad is not None
-        assert other.grad is not None
-        total = one.grad.clone()
-        torch.distributed.all_reduce(total)
-        errors.append(largest_error(total / 2, other.grad, floor=1e-6))
-    return max(errors)
 
 
 def _recomputed(reentrant: bool) -> tuple[float, float]:
@@ -50,7 +39,7 @@ def _recomputed(reentrant: bool) -> tuple[float, float]:
     expected = [original(**batch).loss for batch in batches]
     sum(losses).backward()
     sum(expected).backward()
-    return float((losses[0] - expected[0]).detach().abs()), _error_of_gradients(model, original)
+    return float((losses[0] - expected[0]).detach().abs()), error_of_gradients(model, original)
 
 
 def test_is_recomputed_with_its_own_tokens(ranks: Callable[[int], Pool]) -> None:
@@ -86,7 +75,7 @@ def _results() -> dict[str, Any]:
     ids = {"input_ids": batch["input_ids"]}
     (model(**ids).logits ** 2).mean().backward()
     (original(**ids).logits ** 2).mean().backward()
-    found["own loss"] = _error_of_gradients(model, original)
+    found["own loss"] = error_of_gradients(model, original)
     found["copy"] = float((copy.deepcopy(model)(**batch).loss - output.loss).detach().abs())
     colrow.unshard(model)
     found["unshard"] = float((model(**batch).loss - output.loss).detach().abs())
@@ -122,12 +111,12 @@ def test_gradients_of_arguments_are_whole(ranks: Callable[[int], Pool]) -> None:
         assert gradient < 1e-9
 
 
-class _LastOnly(Nano):
-    """Gives logits of the last token only, where nothing is to be learned."""
+class _Centred(Nano):
+    """Gives logits less their mean over the tokens, where nothing is to be learned."""
 
     def forward(self, ids: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         logits, loss = super().forward(ids, targets)
-        return (logits, loss) if targets is not None else (logits[:, [-1]], None)
+        return (logits, loss) if targets is not None else (logits - logits.mean(1, keepdim=True), None)
 
 
 def _message(call: Callable[[], Any], kind: type[Exception] = ValueError) -> str:
@@ -151,9 +140,9 @@ def _refusals() -> dict[str, str]:
         "padding": _message(lambda: model(**batch, attention_mask=mask)),
         "argument": _message(lambda: model(**batch, position_ids=torch.arange(12)[None])),
     }
-    last = _LastOnly(heads=2).double()
-    colrow.parallelize(last, mesh, named(last, batch_of(0, 9)))
-    found["course"] = _message(lambda: last(batch["input_ids"]))
+    centred = _Centred(heads=2).double()
+    colrow.parallelize(centred, mesh, named(centred, batch_of(0, 9)))
+    found["course"] = _message(lambda: centred(batch["input_ids"]))
     config = MistralConfig(
         vocab_size=VOCABULARY,
         hidden_size=16,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 
 import pytest
 from torch import nn
 
+from colrow.verify.precision import one_precision
 from tests.parallel.context import models
 from tests.parallel.context.models import differences
 from tests.pool import Pool
@@ -32,10 +34,7 @@ def test_trains_as_one_process(
     ranks: Callable[[int], Pool], build: Callable[[], nn.Module], sizes: dict[str, int]
 ) -> None:
     """Loss, every gradient, parameters after two steps and logits, with uneven lengths that change."""
-    size = 1
-    for one in sizes.values():
-        size *= one
-    for found in ranks(size).run(differences, build, [13, 10], sizes):
+    for found in ranks(prod(sizes.values())).run(differences, build, [13, 10], sizes):
         assert max(found.values()) < 1e-9, {name: one for name, one in found.items() if one > 1e-9}
 
 
@@ -58,3 +57,28 @@ def test_trains_with_fsdp(ranks: Callable[[int], Pool]) -> None:
     """The second loss is that of parameters that were updated by averaged gradients."""
     for found in ranks(2).run(differences, models.llama_ring, [13, 10], {"cp": 2}, "fsdp"):
         assert max(found.values()) < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("build", "sizes"),
+    [
+        (models.mixtral, {"cp": 2}),
+        (models.mixtral, {"cp": 2, "ep": 2}),
+        pytest.param(models.mixtral, {"cp": 3}, marks=pytest.mark.slow),
+        pytest.param(models.mixtral, {"cp": 2, "tp": 2}, marks=pytest.mark.slow),
+        pytest.param(models.mixtral, {"cp": 2, "dp": 2}, marks=pytest.mark.slow),
+        pytest.param(models.deepseek, {"cp": 2}, marks=pytest.mark.slow),
+        pytest.param(models.deepseek, {"cp": 2, "ep": 2}, marks=pytest.mark.slow),
+    ],
+)
+def test_experts_and_the_loss_of_their_routers(
+    ranks: Callable[[int], Pool], build: Callable[[], nn.Module], sizes: dict[str, int]
+) -> None:
+    """Each token chooses its experts on the rank that has it; how evenly is a loss of all ranks' tokens."""
+    for found in ranks(prod(sizes.values())).run(_in_one_precision, build, sizes):
+        assert max(found.values()) < 1e-9, {name: one for name, one in found.items() if one > 1e-9}
+
+
+def _in_one_precision(build: Callable[[], nn.Module], sizes: dict[str, int]) -> dict[str, float]:
+    with one_precision():  # routers compute in single precision
+        return differences(build, [13, 10], sizes)

@@ -62,7 +62,8 @@ def whole(model: nn.Module, parameter_or_gradient: Callable[[nn.Parameter], Tens
     return found
 
 
-def _gradient(parameter: nn.Parameter) -> Tensor:
+def gradient_of(parameter: nn.Parameter) -> Tensor:
+    """Which there is."""
     assert parameter.grad is not None
     return parameter.grad
 
@@ -159,8 +160,8 @@ def compare_step(
     torch.distributed.all_reduce(found)
     assert math.isclose(found.item() / ranks.size, expected, rel_tol=1e-9)
 
-    gradients = {name: _gradient(one) for name, one in original.named_parameters()}
-    _same(whole(model, _gradient), gradients, "gradient of")
+    gradients = {name: gradient_of(one) for name, one in original.named_parameters()}
+    _same(whole(model, gradient_of), gradients, "gradient of")
     norm = nn.utils.clip_grad_norm_(original.parameters(), 0.5)
     assert math.isclose(float(colrow.clip_grad_norm_(model, 0.5)), float(norm), rel_tol=1e-9)
     reference.step()

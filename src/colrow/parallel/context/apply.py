@@ -62,6 +62,12 @@ def apply_context(model: nn.Module, plan: ContextPlan, ranks: Communicator, meth
     """
     order: Literal["zigzag", "contiguous"] = "zigzag" if method == "ring" and plan.is_causal else "contiguous"
     running = Running(ranks, method, order)
+    change_calls(model, plan, running)
+    Door(model, plan, running).attach()
+
+
+def change_calls(model: nn.Module, plan: ContextPlan, running: Running) -> None:
+    """Change the calls within ``model``, so that it can be run on a rank's tokens."""
     calls = CallTable(model)
     for number in plan.numbers:
         calls.at(number.at.module).at(number.at.call).integers.append((number.path, _whole(running)))
@@ -71,12 +77,15 @@ def apply_context(model: nn.Module, plan: ContextPlan, ranks: Communicator, meth
         changes = calls.at(taken.at.module).at(taken.at.call)
         places = changes.results if taken.is_result else changes.arguments
         places.append((taken.path, partial(running.take, extent=taken.extent)))
+    for gathered in plan.gathered:
+        label = f"gather tokens for {gathered.at.call.function}"
+        change = partial(running.join, extent=gathered.extent, label=label)
+        calls.at(gathered.at.module).at(gathered.at.call).arguments.append((gathered.path, change))
     for at in plan.attentions:
         calls.at(at.module).at(at.call).replacement = AttentionOverRanks(running, at)
     for loss in plan.losses:
         calls.at(loss.at.module).at(loss.at.call).replacement = LossOverRanks(running, loss)
     calls.attach()
-    Door(model, plan, running).attach()
 
 
 def _to_the_end(number: Any) -> None:

@@ -35,7 +35,7 @@ def derive_context(
     """
     trace = record(model, examples)
     plan = plan_context(model, trace, registry)
-    check_lengths(model, examples, trace, plan.lengths)
+    check_lengths(model, examples, trace, plan)
     others = {
         f"{mode} without targets": other
         for mode, example in examples.items()

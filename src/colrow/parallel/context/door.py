@@ -65,13 +65,7 @@ class Door(OwnForward):
         given = self._by_name(arguments, keywords)
         share = self._share(given)
         running.counts = [0, 0]
-        with self._holding(share):
-            for path, dimension in self._plan.inputs.items():
-                take = partial(self._take, extent=Extent(dimension))
-                if path[0] in given:
-                    given[path[0]] = changed(given[path[0]], path[1:], take)
-            arguments, keywords = self._as_given(given, arguments, keywords)
-            output = self._inner(arguments, keywords)
+        output = self._on_tokens(given, share, arguments, keywords)
         course = (self.before[0] + running.counts[0], self.before[1] + running.counts[1])
         if course not in self._plan.outputs:
             why = "" if course[1] else self._plan.without_targets
@@ -86,6 +80,22 @@ class Door(OwnForward):
         for path, extent in self._plan.outputs[course].items():
             output = changed(output, path, self._leaving(path, extent, share, has_loss=course[1] > 0))
         return output
+
+    def _on_tokens(
+        self,
+        given: dict[int | str, Any],
+        share: SequenceShare,
+        arguments: tuple[Any, ...],
+        keywords: Mapping[str, Any],
+    ) -> Any:
+        """What the model makes of this rank's tokens of its arguments."""
+        with self._holding(share):
+            for path, dimension in self._plan.inputs.items():
+                take = partial(self._take, extent=Extent(dimension))
+                if path[0] in given:
+                    given[path[0]] = changed(given[path[0]], path[1:], take)
+            own, named = self._as_given(given, arguments, keywords)
+            return self._inner(own, named)
 
     def _leaving(self, path: Path, extent: Extent, share: SequenceShare, has_loss: bool) -> Change:
         """What becomes of a rank's tokens in the result."""
@@ -131,11 +141,7 @@ class Door(OwnForward):
             ValueError: if the call is not like the examples, or the ranks' calls differ.
         """
         plan, ranks = self._plan, self._running.ranks
-        tensors = {
-            (name, *path): tensor
-            for name, item in given.items()
-            for path, tensor in tensors_by_path(item, inside_objects=True)
-        }
+        tensors = _tensors(given)
         unknown = [path for path in tensors if path not in plan.inputs and path not in plan.whole_inputs]
         if unknown:
             raise ValueError(
@@ -143,9 +149,7 @@ class Door(OwnForward):
                 "it was parallelized with; sequences are cut over ranks (cp), and what it does with that is "
                 "not known: give colrow.parallelize an example of each way in which the model is called"
             )
-        lengths = {
-            path: tensors[path].shape[dimension] for path, dimension in plan.inputs.items() if path in tensors
-        }
+        lengths = self._lengths(tensors)
         if not lengths:
             names = ", ".join(".".join(map(str, path)) for path in plan.inputs)
             raise ValueError(f"the model is given no sequence: it needs {names}, as in the examples")
@@ -173,6 +177,11 @@ class Door(OwnForward):
             self._check_course(length, share)
             self._checked.add(length)
         return share
+
+    def _lengths(self, tensors: Mapping[Path, Tensor]) -> dict[Path, int]:
+        """How many tokens each argument has that is cut."""
+        inputs = self._plan.inputs
+        return {path: tensors[path].shape[dimension] for path, dimension in inputs.items() if path in tensors}
 
     def _check_course(self, length: int, share: SequenceShare) -> None:
         """The program must go the same way on each rank's tokens as on all; all ranks decide alike."""
@@ -211,6 +220,24 @@ class Door(OwnForward):
             taken: Tensor = TakenAtDoor.apply(whole, self._running, extent)
             return taken
         return self._running.take(whole, extent)
+
+
+def _tensors(given: Mapping[int | str, Any]) -> dict[Path, Tensor]:
+    return {
+        (name, *path): tensor
+        for name, item in given.items()
+        for path, tensor in tensors_by_path(item, inside_objects=True)
+    }
+
+
+class Rehearsal(Door):
+    """A door for tensors without numbers and ranks that are not there: nothing is compared."""
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        given = self._by_name(arguments, keywords)
+        length = max(self._lengths(_tensors(given)).values())
+        share = SequenceShare(length, self._running.ranks.size, self._running.order)
+        return self._on_tokens(given, share, arguments, keywords)
 
 
 def door_of(model: nn.Module) -> Door | None:

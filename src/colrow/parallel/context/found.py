@@ -30,6 +30,7 @@ class Found:
         axis: the sequence of the run that is gone through.
         cut: where the tokens lie in the values of which each rank has its own, by their indices.
         constants: indices of what is made of constant arguments alone.
+        of_all: indices of what is made of gathered tokens.
         arguments: whole values of which calls are given a rank's tokens, with these calls.
         to_try: calls on parts that are given numbers.
         courses: of the runs that have been gone through.
@@ -41,6 +42,7 @@ class Found:
         self.axis = TokenAxis(axes, ())
         self.cut: dict[int, Extent] = {}
         self.constants: set[int] = set()
+        self.of_all: set[int] = set()
         self.arguments: dict[int, list[tuple[Value, FunctionCall]]] = defaultdict(list)
         self.to_try: list[FunctionCall] = []
         self.courses: list[tuple[ModuleCall, Course]] = []

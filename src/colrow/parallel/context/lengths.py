@@ -12,14 +12,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from colrow.errors import PlanError
-from colrow.localise.arguments import changed
+from colrow.localise.arguments import plain_numbers
 from colrow.parallel.context.names import positional_names
+from colrow.parallel.context.plan import ContextPlan
+from colrow.parallel.context.rehearsal import Numbers, rehearsed_numbers
 from colrow.plan.derive import record
 from colrow.plan.places import Path
 from colrow.sources import short_path
 from colrow.trace import Example, Trace
-from colrow.trace.integers import TracedInt
-from colrow.trace.records import FunctionCall, Value
+from colrow.trace.records import FunctionCall
 
 _REMEDY = (
     "With sequences cut over ranks (cp), a rank would compute it from its own tokens: compute it from a "
@@ -31,29 +32,37 @@ def check_lengths(
     model: nn.Module,
     examples: Mapping[str, Example],
     trace: Trace,
-    dimensions: Mapping[Path, tuple[int, ...]],
+    plan: ContextPlan,
 ) -> None:
     """Refuse what computes with the length of its sequences behind the back of the recorder.
+
+    But where a rank computes it from gathered tokens, so that it is what it was.
 
     Args:
         model: as recorded.
         examples: calls of it.
         trace: of these.
-        dimensions: those of each argument that are the sequence.
+        plan: what is to be done to the model.
 
     Raises:
         PlanError: naming the module and the line.
     """
+    dimensions = plan.lengths
     if any(len(path) > 1 for path in dimensions):
         return  # such arguments belong to the caller
     try:
         other = record(model, {mode: _shorter(model, one, dimensions) for mode, one in examples.items()})
     except Exception:  # whatever it is, it says nothing about the length that was given
         return
+    on_a_rank: dict[object, Numbers] | None = None
     for call, shorter in zip(trace.calls, other.calls, strict=False):
         if call.site != shorter.site:
             raise _error("the program takes another way for another length", call)
-        if _numbers(call) != _numbers(shorter):
+        if plain_numbers(call) == plain_numbers(shorter):
+            continue
+        if on_a_rank is None:
+            on_a_rank = rehearsed_numbers(model, examples, plan) if plan.gathered else {}
+        if on_a_rank.get(call.place) != plain_numbers(call):
             raise _error(f"{call.name} is given a number that depends on the length", call)
     if len(trace.calls) != len(other.calls):
         longer = trace if len(trace.calls) > len(other.calls) else other
@@ -78,16 +87,3 @@ def _shorter(model: nn.Module, example: Example, dimensions: Mapping[Path, tuple
     given = [cut(name, item) for name, item in zip(names, example.arguments, strict=False)]
     rest = example.arguments[len(given) :]
     return Example((*given, *rest), {name: cut(name, item) for name, item in example.keywords.items()})
-
-
-def _numbers(call: FunctionCall) -> list[tuple[Path, float]]:
-    """The plain numbers among the arguments of a call."""
-    found: list[tuple[Path, float]] = []
-
-    def collect(path: Path, item: Any) -> Any:
-        if isinstance(item, int | float) and not isinstance(item, bool | TracedInt | Value):
-            found.append((path, item))
-        return item
-
-    changed(call, collect)
-    return found

@@ -50,6 +50,15 @@ class Taken:
 
 
 @dataclass(frozen=True)
+class Gathered:
+    """A tensor of a rank's tokens among the arguments of a call that mixes them: it is given those of all."""
+
+    at: At
+    path: Path
+    extent: Extent
+
+
+@dataclass(frozen=True)
 class WholeNumber:
     """A number among the arguments of a call that is computed from a rank's tokens and must count all."""
 
@@ -153,6 +162,7 @@ class ContextPlan:
             there is no padding: all their elements are this, in every call.
         counting: those of the inputs whose numbers count on by one from token to token, as positions do.
         taken: where ranks take their tokens of what is whole.
+        gathered: where ranks give all tokens to what mixes them.
         numbers: which numbers must count all tokens.
         last_tokens: where the last token is left out.
         attentions: the calls of attention.
@@ -173,6 +183,7 @@ class ContextPlan:
     constants: dict[Path, int] = field(default_factory=dict)
     counting: set[Path] = field(default_factory=set)
     taken: set[Taken] = field(default_factory=set)
+    gathered: set[Gathered] = field(default_factory=set)
     numbers: set[WholeNumber] = field(default_factory=set)
     last_tokens: set[LastToken] = field(default_factory=set)
     attentions: set[At] = field(default_factory=set)

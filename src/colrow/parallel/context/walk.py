@@ -9,6 +9,7 @@ tokens, but attention and losses, is refused with the line.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Set
 
 import torch.nn.functional as F
 from torch import nn
@@ -20,18 +21,21 @@ from colrow.parallel.context.checks import Checks
 from colrow.parallel.context.comparisons import find_guards
 from colrow.parallel.context.doors import Doors
 from colrow.parallel.context.found import Found
+from colrow.parallel.context.gathering import gathering_calls, refuse_chance
+from colrow.parallel.context.meeting import is_loss_of_tokens, is_reduced, note_attention, note_loss
 from colrow.parallel.context.plan import (
     At,
     ContextPlan,
     Extent,
+    Gathered,
     LastToken,
-    LossCall,
     Taken,
     WholeNumber,
 )
 from colrow.parallel.context.sequences import calls_of, find_sequence
-from colrow.parallel.context.steps import LOSSES, argument, inputs_behind, refusal
+from colrow.parallel.context.steps import LOSSES, REMEDY, refusal
 from colrow.parallel.context.token_axis import selection_of
+from colrow.parallel.experts.find import experts_of
 from colrow.plan.exits import paths_of
 from colrow.plan.places import Path
 from colrow.plan.sites import Sites
@@ -41,10 +45,6 @@ from colrow.trace.records import FunctionCall, ModuleCall, Operation, Trace, Val
 ATTEMPTS = 64
 """Each keeps more of what is not tokens' features whole."""
 
-_MASK = (
-    "Leave padding out (pack sequences, or mark padded labels as ignored), so that the model needs no mask "
-    "and says is_causal=True, or do not cut sequences (cp=1)."
-)
 _NEW = ("aten.new_zeros", "aten.new_ones", "aten.new_full", "aten.new_empty")
 
 
@@ -57,26 +57,42 @@ def plan_context(model: nn.Module, trace: Trace, registry: Registry | None = Non
         registry: the rules of operators; see :func:`colrow.rule`.
 
     Raises:
-        PlanError: naming the module and the line of what mixes tokens.
+        PlanError: naming the module and the line of what mixes tokens; its cause why that is not helped by
+            gathering them.
     """
     axes = infer(trace, registry)
+    experts = _paths_of_experts(model, trace)
     whole: set[int] = set()
+    gathering: set[int] = set()
     first: PlanError | None = None
+    last: PlanError | None = None
     for _ in range(ATTEMPTS):
-        walk = _Walk(model, trace, axes, whole)
+        walk = _Walk(model, trace, axes, experts, whole, gathering)
         try:
             return walk.run()
         except _MixedError as mixed:
             first = first or mixed.error
             behind = walk.behind(mixed.values)
-            if behind is None or behind <= whole:
+            if behind is not None and not behind <= whole:
+                whole |= behind
+                continue
+            further = walk.gathering_for(mixed.step)
+            if further <= gathering:
                 break
-            whole |= behind
+            gathering |= further
         except PlanError as error:
-            first = first or error
+            first, last = first or error, error if first else None
             break
     assert first is not None
-    raise first
+    raise first from last
+
+
+def _paths_of_experts(model: nn.Module, trace: Trace) -> Set[str]:
+    """Modules that have been tried: what they make of a token depends on it and its choices alone."""
+    try:
+        return experts_of(model, trace).keys()
+    except PlanError:  # then the lines of its program say what it does
+        return frozenset()
 
 
 class _MixedError(Exception):
@@ -84,22 +100,34 @@ class _MixedError(Exception):
 
     Attributes:
         error: what to say if they are not.
-        values: that the step reads.
+        step: that mixes tokens.
+        values: that it reads.
     """
 
-    def __init__(self, error: PlanError, values: list[Value]) -> None:
-        super().__init__(str(error))
-        self.error, self.values = error, values
+    def __init__(self, reason: str, step: FunctionCall | Operation, values: list[Value]) -> None:
+        self.error, self.step, self.values = refusal(reason, step), step, values
+        super().__init__(str(self.error))
 
 
 class _Walk:
     """One attempt.
 
     Args:
+        experts: paths of modules that treat every token by itself.
         whole: indices of values that stay whole, as what mixes tokens is made of them.
+        gathering: indices of the calls that are given the tokens of all ranks.
     """
 
-    def __init__(self, model: nn.Module, trace: Trace, axes: Axes, whole: set[int]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        trace: Trace,
+        axes: Axes,
+        experts: Set[str],
+        whole: set[int],
+        gathering: Set[int],
+    ) -> None:
+        self._experts, self._gathering = experts, gathering
         self._found = Found(axes, whole)
         self._doors, self._checks = Doors(model, self._found), Checks(self._found, trace)
         # all passes of one place are changed alike: for each place, what is done in each
@@ -122,27 +150,45 @@ class _Walk:
 
     def behind(self, values: list[Value]) -> set[int] | None:
         """Indices of the cut values that these are made of; ``None`` if attention makes some of them."""
-        found: set[int] = set()
+        seen: set[int] = set()
         left = [value for value in values if value.index in self._found.cut]
         while left:
             one = left.pop()
-            if one.index in found:
+            if one.index in seen:
                 continue
-            found.add(one.index)
+            seen.add(one.index)
             made = one.producer
             if made is None:
                 continue
             if made.call is not None and made.call.function is F.scaled_dot_product_attention:
                 return None
-            left += [value for value in made.inputs if value.index in self._found.cut]
-        return found
+            # what calls make on the way is not noted as cut
+            left += [value for value in made.inputs if self._found.axis.has(value)]
+        return seen & self._found.cut.keys()
+
+    def gathering_for(self, step: FunctionCall | Operation) -> set[int]:
+        """Indices of the calls to be given all tokens, for a step to have them; none if it is no call."""
+        if not isinstance(step, FunctionCall):
+            return set()
+        return gathering_calls(
+            self._found.axes, step, self._gathering, self._sites.alike, self._found.axis.has
+        )
 
     def _run(self, root: ModuleCall) -> None:
         self._doors.enter(root)
         calls = {call.first: call for call in calls_of(self._found.trace, root) if call.last > call.first}
+        experts = {
+            call.first: call
+            for call in self._found.trace.modules
+            if call.path in self._experts and root.first <= call.first < call.last <= root.last
+        }
         attentions = losses = 0
         index = root.first
         while index < root.last:
+            if index in experts:
+                self._through_experts(experts[index])
+                index = experts[index].last
+                continue
             step: FunctionCall | Operation = calls.get(index, self._found.trace.operations[index])
             if isinstance(step, Operation):
                 self._step(step, (step,))
@@ -150,16 +196,34 @@ class _Walk:
                 continue
             operations = tuple(self._found.trace.operations[step.first : step.last])
             if step.function is F.scaled_dot_product_attention:
-                self._attention(step)
+                self._checks.course(step, operations)
+                note_attention(self._found, step, self._at(step))
                 attentions += 1
-            elif step.function in LOSSES and self._is_loss_of_tokens(step):
-                self._loss(step)
+            elif step.function in LOSSES and is_loss_of_tokens(self._found, step):
+                if is_reduced(step):
+                    note_loss(self._found, step, self._at(step))
+                else:
+                    self._step(step, operations)
                 losses += 1
             else:
                 self._step(step, operations)
             index = step.last
         self._found.courses.append((root, (attentions, losses)))
         self._found.plan.outputs.setdefault((attentions, losses), {})
+
+    def _through_experts(self, call: ModuleCall) -> None:
+        """Of a rank's tokens, their choices and what these count come its tokens."""
+        extents = [self._found.cut.get(value.index) for _, value in call.inputs]
+        if all(extent is None for extent in extents):
+            return
+        if any(extent != Extent(0) for extent in extents):
+            raise PlanError(call.path, "experts are given a rank's tokens and choices of others", REMEDY)
+        for _, value in call.outputs:
+            if self._found.axis.extent(value) != Extent(0):
+                raise PlanError(
+                    call.path, "it is not known where the tokens lie in what experts return", REMEDY
+                )
+            self._found.cut[value.index] = Extent(0)
 
     def _step(self, step: FunctionCall | Operation, operations: tuple[Operation, ...]) -> None:
         """A call, or an operator outside of calls, that is neither attention nor a loss."""
@@ -171,8 +235,15 @@ class _Walk:
                 raise refusal(f"{step.name} of tokens and an argument that is the same for each", step)
             self._found.constants.update(value.index for value in results)
             return
+        if isinstance(step, FunctionCall) and step.index in self._gathering:
+            return self._on_all(step, operations, cut, results)
         numbers = self._found.local_numbers(step) if isinstance(step, FunctionCall) else {}
-        if not cut and not numbers:
+        if any(value.index in self._found.of_all for value in given):
+            if cut or numbers:
+                raise refusal(f"{step.name} of a rank's tokens and of what is made of all", step)
+            refuse_chance(step, operations)
+            self._found.of_all.update(value.index for value in results)
+        elif not cut and not numbers:
             self._whole(step, results)
         elif cut:
             self._on_parts(step, operations, given, results)
@@ -180,6 +251,28 @@ class _Walk:
             assert isinstance(step, FunctionCall)
             self._counted(step, operations, given, results, numbers)
         self._checks.writes(step, operations)
+        return None
+
+    def _on_all(
+        self,
+        call: FunctionCall,
+        operations: tuple[Operation, ...],
+        cut: list[Value],
+        results: list[Value],
+    ) -> None:
+        """A call that mixes tokens is given those of all ranks."""
+        self._checks.course(call, operations)
+        refuse_chance(call, operations)
+        if self._found.local_numbers(call):
+            raise refusal(f"{call.name} of all tokens is given the number of a rank's", call)
+        for value in dict.fromkeys(cut):
+            extent = self._found.cut[value.index]
+            if extent.missing:
+                raise refusal(f"{call.name} mixes what lacks the last token", call)
+            at = self._at(call)
+            paths = [path[1:] for path, one in paths_of((call.arguments, call.keywords)) if one is value]
+            self._found.plan.gathered.update(Gathered(at, path, extent) for path in paths)
+        self._found.of_all.update(value.index for value in results)
 
     def _whole(self, step: FunctionCall | Operation, results: list[Value]) -> None:
         """All is whole: a rank takes its tokens of what has one row for each by now."""
@@ -212,7 +305,7 @@ class _Walk:
         for operation in operations:
             reason = self._found.axis.mixed_by(operation)
             if reason is not None:
-                raise _MixedError(refusal(reason, step), given)
+                raise _MixedError(reason, step, given)
         for value in dict.fromkeys(given):
             if value.index in self._found.cut or not self._found.axis.has(value):
                 continue
@@ -234,7 +327,7 @@ class _Walk:
                 continue
             if extent is None:
                 cause = f"{step.name} makes one of several tokens, or takes some out"
-                raise _MixedError(refusal(cause, step), given)
+                raise _MixedError(cause, step, given)
             self._found.cut[value.index] = extent
         if isinstance(step, FunctionCall) and integers_of(step):
             self._found.to_try.append(step)
@@ -282,61 +375,6 @@ class _Walk:
         for value, extent in zip(results, extents, strict=True):
             assert extent is not None
             self._take_result(call, value, extent)
-
-    def _attention(self, call: FunctionCall) -> None:
-        query, key, value = (argument(call, name) for name in ("query", "key", "value"))
-        self._checks.course(call, tuple(self._found.trace.operations[call.first : call.last]))
-        for one in (query, key, value):
-            extent = self._found.cut.get(one.index)
-            if extent != Extent(len(one.shape) - 2):
-                raise refusal("attention with queries, keys or values that are not cut", call)
-        if argument(call, "attn_mask") is not None:
-            raise refusal("attention with a mask", call, _MASK)
-        at = self._at(call)
-        plan = self._found.plan
-        plan.attentions.add(at)
-        plan.groups = min(plan.groups, key.shape[-3])
-        plan.is_causal &= bool(argument(call, "is_causal"))
-        if argument(call, "dropout_p"):
-            plan.drops = at
-        for result in values_of(call.outputs):
-            extent = self._found.axis.extent(result)
-            assert extent is not None
-            self._found.cut[result.index] = extent
-
-    def _is_loss_of_tokens(self, call: FunctionCall) -> bool:
-        given = argument(call, "input")
-        return isinstance(given, Value) and self._found.axis.has(given)
-
-    def _loss(self, call: FunctionCall) -> None:
-        given, target = argument(call, "input"), argument(call, "target")
-        assert isinstance(given, Value)
-        if given.index not in self._found.cut:
-            raise refusal(f"{call.name} of all tokens", call)
-        extent = self._found.cut[given.index]
-        classes = 1 if len(given.shape) > 1 else 0
-        if extent.dimension == classes:
-            raise refusal(f"{call.name} whose classes are tokens", call)
-        if argument(call, "reduction") not in ("mean", "sum"):
-            operations = tuple(self._found.trace.operations[call.first : call.last])
-            return self._step(call, operations)
-        if argument(call, "size_average") is not None or argument(call, "reduce") is not None:
-            raise refusal("size_average and reduce are deprecated", call, "Use reduction.")
-        if not isinstance(target, Value) or target.dtype.is_floating_point:
-            raise refusal(f"{call.name} with probabilities for targets", call)
-        whole: Extent | None = None
-        if target.index not in self._found.cut:
-            whole = self._found.axis.extent(target)
-            if whole is None or whole.missing != extent.missing:
-                raise refusal(
-                    f"{call.name} compares the sequence with targets that are not one for each token",
-                    call,
-                    "Let the loss compare logits of all tokens with labels that were moved by one and "
-                    "filled up with ignore_index.",
-                )
-        self._found.plan.losses.add(LossCall(self._at(call), whole))
-        self._found.plan.targets |= inputs_behind(target)
-        return None
 
     def _at(self, call: FunctionCall) -> At:
         at = At(call.module.path, self._sites.name(call))

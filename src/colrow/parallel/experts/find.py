@@ -70,9 +70,20 @@ def find_experts(model: nn.Module, examples: Mapping[str, Example]) -> tuple[Exp
         PlanError: if there are none, or one of them does not compute so.
     """
     trace = record(model, examples)
+    found = experts_of(model, trace)
+    if not found:
+        raise PlanError("", _why_none(trace), _HINT + ".")
+    return tuple(found.values())
+
+
+def experts_of(model: nn.Module, trace: Trace) -> dict[str, Experts]:
+    """:func:`find_experts`, by path, of a model that has been recorded; empty if there are none.
+
+    Raises:
+        PlanError: if one of them does not compute token by token.
+    """
     found: dict[str, Experts] = {}
     tried: dict[object, tuple[str, ...] | str] = {}
-    called = set()
     for call in trace.modules:
         module = model.get_submodule(call.path)
         count = _stacked(module)
@@ -83,7 +94,6 @@ def find_experts(model: nn.Module, examples: Mapping[str, Example]) -> tuple[Exp
             if call.path in found:
                 raise PlanError(call.path, "it is called in different ways", _HINT + ".")
             continue
-        called.add(call.path)
         if call.path in found:
             if _places(found[call.path]) != arguments[0]:
                 raise PlanError(call.path, "it is called in different ways", _HINT + ".")
@@ -95,9 +105,7 @@ def find_experts(model: nn.Module, examples: Mapping[str, Example]) -> tuple[Exp
         if isinstance(outcome, str):
             raise PlanError(call.path, outcome, _HINT + ".")
         found[call.path] = Experts(call.path, count, *arguments[0], outcome)
-    if not found:
-        raise PlanError("", _why_none(trace), _HINT + ".")
-    return tuple(found.values())
+    return found
 
 
 def _stacked(module: nn.Module) -> int | None:
