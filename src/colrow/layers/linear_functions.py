@@ -57,7 +57,7 @@ def local_linear(
         out_first: whether the weight is [out, in], as that of ``nn.Linear``; else as that of ``Conv1D``.
         products: who multiplies.
     """
-    if is_collecting() and not torch.compiler.is_compiling() and torch.is_grad_enabled():
+    if is_collecting() and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return _LocalLinear.apply(*autocast(x, weight, bias), out_first, products)
     if type(x) is not Tensor or not goes_to_onednn(products.rows_from, x, weight):
         return product(x, weight, bias, out_first)

@@ -98,3 +98,23 @@ def test_autocast(ranks: Callable[[int], Pool]) -> None:
         for one, other in zip(found, expected, strict=True):
             assert one.dtype == torch.float32
             torch.testing.assert_close(one, other, rtol=0.05, atol=0.01 * float(other.abs().max()))
+
+
+def _after_a_failure() -> None:
+    """What a step that failed has left is forgotten by the next."""
+    pipeline = make("llama", {"pp": 2}, schedule="zbv", micro_batches=MICRO_BATCHES)
+    batch = batch_of("llama", 0)
+    pipeline.step(batch)
+    expected = [one.grad.clone() for one in pipeline.model.parameters() if one.grad is not None]
+    assert pipeline._made is not None
+    for stage in pipeline._made[1]._stages:
+        weight = next(one for one in pipeline.model.parameters() if one.dim() == 2)
+        stage.later.add(weight, lambda weight=weight: torch.ones_like(weight))
+    pipeline.model.zero_grad()
+    pipeline.step(batch)
+    found = [one.grad for one in pipeline.model.parameters() if one.grad is not None]
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+def test_a_step_begins_anew(ranks: Callable[[int], Pool]) -> None:
+    ranks(2).run(_after_a_failure)

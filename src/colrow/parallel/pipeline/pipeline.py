@@ -111,6 +111,12 @@ class _Stage(PipelineStage):
         with nullcontext() if self.later is None else self.later.collecting():
             return self.clock.time(function, *arguments, **keywords)
 
+    def clear_runtime_states(self) -> None:
+        """A step begins: nothing is left of one that failed."""
+        super().clear_runtime_states()
+        if self.later is not None:
+            self.later.take()
+
     def forward_one_chunk(self, *arguments: Any, **keywords: Any) -> Any:
         return self._compute(super().forward_one_chunk, *arguments, **keywords)
 
