@@ -27,7 +27,7 @@ def collate(lines: list[str]) -> dict[str, torch.Tensor]:
 
 lines, order = Path(text).read_text().splitlines(), torch.Generator().manual_seed(0)
 loader = DataLoader(lines, 8 // mesh["dp"].size(), shuffle=True, generator=order, collate_fn=collate)
-accelerator = Accelerator(mesh)
+accelerator = Accelerator(mesh, data=os.environ.get("DATA", "ddp"))
 model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
 for batch in loader:  # replicas' batches differ, those of one replica's ranks do not
     tokens = int((batch["labels"][:, 1:] != -100).sum())

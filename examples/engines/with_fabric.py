@@ -25,7 +25,7 @@ def collate(lines: list[str]) -> dict[str, torch.Tensor]:
     return {"input_ids": batch.input_ids, "labels": labels}
 
 
-fabric = Fabric(mesh)
+fabric = Fabric(mesh, data=os.environ.get("DATA", "ddp"))
 model, optimizer = fabric.setup(model, optimizer)
 lines = Path(text).read_text().splitlines()
 loader = DataLoader(lines, 8 // mesh["dp"].size(), shuffle=True, collate_fn=collate)

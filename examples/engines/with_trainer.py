@@ -30,6 +30,7 @@ arguments = TrainingArguments(
 trainer = Trainer(
     model,
     arguments,
+    data=os.environ.get("DATA", "ddp"),  # or fsdp
     data_collator=DataCollatorForSeq2Seq(tokenizer),  # pads ids and labels
     train_dataset=[{"input_ids": ids, "labels": ids} for ids in lines],
 )

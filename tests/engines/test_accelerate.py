@@ -22,15 +22,17 @@ accelerate = pytest.importorskip("accelerate")
 
 from accelerate import DataLoaderConfiguration  # noqa: E402
 
+from colrow.data_shards import held  # noqa: E402
 from colrow.engines.accelerate import Accelerator  # noqa: E402
+from colrow.engines.sharding import Data  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_the_example(tmp_path: Path, ranks: int) -> None:
+@pytest.mark.parametrize(("ranks", "data"), [(2, "ddp"), (4, "ddp"), (4, "fsdp")])
+def test_the_example(tmp_path: Path, ranks: int, data: str) -> None:
     model, text = write_job(tmp_path, torch.float64)
-    printed = run_example("with_accelerate", ranks, model, text, tmp_path / "out")
+    printed = run_example("with_accelerate", ranks, model, text, tmp_path / "out", environment={"DATA": data})
     order = torch.Generator().manual_seed(0)
     batches = DataLoader(text.read_text().splitlines(), BATCH, shuffle=True, generator=order)
     with in_double.staying_in_double():
@@ -71,9 +73,9 @@ def _each_replica_counts_once() -> None:
         accelerator.reduce(replica, "max")
 
 
-def _goes_on(folder: Path) -> None:
+def _goes_on(folder: Path, data: Data) -> None:
     mesh = worker_mesh(tp=2, dp=2)
-    accelerator = Accelerator(mesh, gradient_accumulation_steps=2)
+    accelerator = Accelerator(mesh, data, gradient_accumulation_steps=2)
     torch.manual_seed(0)
     whole = nn.Sequential(nn.Linear(6, 9), nn.GELU(), nn.Dropout(0.2), nn.Linear(9, 3)).double()
     model = colrow.parallelize(whole, mesh, (torch.rand(2, 6, dtype=torch.float64),))
@@ -94,7 +96,7 @@ def _goes_on(folder: Path) -> None:
                 schedule.step()
                 optimizer.zero_grad()
         colrow.check_replicas(model)
-        return torch.cat([parameter.detach().flatten().clone() for parameter in model.parameters()])
+        return torch.cat([held(parameter).detach().flatten().clone() for parameter in model.parameters()])
 
     first = train()
     accelerator.save_state(folder)
@@ -120,14 +122,32 @@ def _wrong_calls() -> None:
         Accelerator(worker_mesh(tp=2, dp=2), dataloader_config=config)
     with pytest.raises(ValueError, match="has not been parallelized"):
         Accelerator(worker_mesh(tp=2, dp=2)).prepare_model(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="data must be 'ddp' or 'fsdp', not 'zero'"):
+        Accelerator(worker_mesh(tp=2, dp=2), data="zero")  # type: ignore[arg-type]
+
+
+def _made_steps() -> None:
+    mesh = worker_mesh(tp=2, dp=2)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 6))
+    model = colrow.parallelize(model, mesh, (torch.rand(2, 6),))
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.rand(2, 6)).sum().backward()
+    optimizer.step()
+    with pytest.raises(ValueError, match="the optimizer has made steps with the model before FSDP"):
+        Accelerator(mesh, "fsdp").prepare(model, optimizer)
+
+
+def test_an_optimizer_that_has_made_steps(ranks: Callable[[int], Pool]) -> None:
+    ranks(4).run(on_its_own, _made_steps)
 
 
 def test_each_replica_counts_once(ranks: Callable[[int], Pool]) -> None:
     ranks(4).run(on_its_own, _each_replica_counts_once)
 
 
-def test_going_on_from_a_saved_state(ranks: Callable[[int], Pool], tmp_path: Path) -> None:
-    ranks(4).run(on_its_own, _goes_on, tmp_path)
+@pytest.mark.parametrize("data", ["ddp", "fsdp"])
+def test_going_on_from_a_saved_state(ranks: Callable[[int], Pool], tmp_path: Path, data: Data) -> None:
+    ranks(4).run(on_its_own, _goes_on, tmp_path, data)
 
 
 def test_wrong_calls(ranks: Callable[[int], Pool]) -> None:

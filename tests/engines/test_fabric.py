@@ -28,10 +28,10 @@ from colrow.engines.fabric import Fabric, TensorParallelStrategy
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_the_example(tmp_path: Path, ranks: int) -> None:
+@pytest.mark.parametrize(("ranks", "data"), [(2, "ddp"), (4, "ddp"), (4, "fsdp")])
+def test_the_example(tmp_path: Path, ranks: int, data: str) -> None:
     model, text = write_job(tmp_path, torch.float64)
-    printed = run_example("with_fabric", ranks, model, text, tmp_path / "out")
+    printed = run_example("with_fabric", ranks, model, text, tmp_path / "out", environment={"DATA": data})
     lines = text.read_text().splitlines()
     order: DistributedSampler[str] = DistributedSampler(lines, num_replicas=1, rank=0)  # type: ignore[arg-type]
     batches = DataLoader(lines, BATCH, sampler=order)  # type: ignore[arg-type]

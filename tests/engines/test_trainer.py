@@ -23,6 +23,8 @@ from tests.pool import Pool, worker_mesh
 
 pytest.importorskip("accelerate")
 
+from colrow.data_shards import held
+from colrow.engines.sharding import Data
 from colrow.engines.trainer import Trainer
 from tests.engines.in_pool import on_its_own
 
@@ -31,11 +33,11 @@ SEED = 42
 """Trainer's own default, of the order of the data."""
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_the_example(tmp_path: Path, ranks: int) -> None:
+@pytest.mark.parametrize(("ranks", "data"), [(2, "ddp"), (4, "ddp"), (4, "fsdp")])
+def test_the_example(tmp_path: Path, ranks: int, data: str) -> None:
     model, text = write_job(tmp_path, torch.float64)
     out = tmp_path / "out"
-    run_example("with_trainer", ranks, model, text, out)
+    run_example("with_trainer", ranks, model, text, out, environment={"DATA": data})
     lines = text.read_text().splitlines()
     order = torch.randperm(len(lines), generator=torch.Generator().manual_seed(SEED)).tolist()
     batches = [[lines[one] for one in order[first : first + BATCH]] for first in range(0, len(lines), BATCH)]
@@ -76,7 +78,7 @@ def _rows(count: int) -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": one, "labels": label} for one, label in zip(ids, labels, strict=True)]
 
 
-def _trainer(folder: Path, model: nn.Module | None = None, **options: Any) -> Trainer:
+def _trainer(folder: Path, model: nn.Module | None = None, data: Data = "ddp", **options: Any) -> Trainer:
     mesh = worker_mesh(tp=2, dp=2)
     rows = _rows(20)
     model = model or _llama()
@@ -95,19 +97,20 @@ def _trainer(folder: Path, model: nn.Module | None = None, **options: Any) -> Tr
         **options,
     }
     arguments = TrainingArguments(str(folder), **chosen)
-    return Trainer(model, arguments, train_dataset=rows, eval_dataset=rows[:10], compute_metrics=metrics)
+    given: dict[str, Any] = {"train_dataset": rows, "eval_dataset": rows[:10], "compute_metrics": metrics}
+    return Trainer(model, arguments, data=data, **given)
 
 
 def _parameters(trainer: Trainer) -> torch.Tensor:
-    return torch.cat([one.detach().flatten().clone() for one in trainer.model.parameters()])
+    return torch.cat([held(one).detach().flatten().clone() for one in trainer.model.parameters()])
 
 
-def _goes_on(folder: Path) -> None:
-    trainer = _trainer(folder, _llama(dropout=0.3))
+def _goes_on(folder: Path, data: Data = "ddp") -> None:
+    trainer = _trainer(folder, _llama(dropout=0.3), data)
     trainer.train()
     expected = _parameters(trainer)
     colrow.check_replicas(trainer.model)
-    trainer = _trainer(folder, _llama(dropout=0.3))
+    trainer = _trainer(folder, _llama(dropout=0.3), data)
     trainer.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
     assert trainer.state.global_step == 4
     assert torch.equal(_parameters(trainer), expected)
@@ -169,3 +172,7 @@ def _wrong_calls(folder: Path) -> None:
 @pytest.mark.parametrize("task", [_goes_on, _evaluates, _wrong_calls])
 def test_on_four_ranks(ranks: Callable[[int], Pool], tmp_path: Path, task: Callable[[Path], None]) -> None:
     ranks(4).run(on_its_own, task, tmp_path)
+
+
+def test_going_on_with_parameters_that_replicas_share(ranks: Callable[[int], Pool], tmp_path: Path) -> None:
+    ranks(4).run(on_its_own, _goes_on, tmp_path, "fsdp")

@@ -19,8 +19,9 @@ from colrow.checkpoint import load_optimizer, save_optimizer, save_pretrained
 from colrow.checkpoint.pretrained import load_weights
 from colrow.collectives import communicator
 from colrow.engines.places import require_replicas_and_parts, speaks_for_replica
+from colrow.engines.sharding import Data, Replicated
 from colrow.mesh import size_of
-from colrow.parallel import data_parallel
+from colrow.parallel import no_gradient_sync
 from colrow.parameters import clip_grad_norm_
 from colrow.state import parallel_module
 
@@ -49,12 +50,14 @@ class Accelerator(accelerate.Accelerator):
     """accelerate's own for models that :func:`colrow.parallelize` has cut.
 
     What is different: batches differ between replicas only; ``prepare`` lets replicas average gradients (DDP
-    over ``dp``); ``clip_grad_norm_`` takes the norm of the whole model; ``gather``, ``gather_for_metrics``
-    and ``reduce`` count each replica once; ``save_model`` and ``save_state`` write global files, and every
-    rank calls them.
+    or FSDP over ``dp``); ``clip_grad_norm_`` takes the norm of the whole model; ``gather``,
+    ``gather_for_metrics`` and ``reduce`` count each replica once; ``save_model`` and ``save_state`` write
+    global files, and every rank calls them.
 
     Args:
         mesh: from :func:`colrow.init_mesh`, of ``dp`` and ``tp``.
+        data: ``"ddp"``: replicas hold the same parameters; ``"fsdp"``: they share them, and the prepared
+            optimizer is given those that FSDP makes.
         options: of ``accelerate.Accelerator``.
 
     Raises:
@@ -66,8 +69,9 @@ class Accelerator(accelerate.Accelerator):
     _optimizers: list[Any]
     dataloader_config: Any
 
-    def __init__(self, mesh: DeviceMesh, **options: Any) -> None:
+    def __init__(self, mesh: DeviceMesh, data: Data = "ddp", **options: Any) -> None:
         require_replicas_and_parts(mesh, "Accelerator")
+        self._replicated = Replicated(mesh, data)
         given = [name for name in _OTHERS if options.get(name) is not None]
         if given:
             raise ValueError(f"{', '.join(given)}: the mesh says how the model is divided; leave them out")
@@ -83,7 +87,7 @@ class Accelerator(accelerate.Accelerator):
     def prepare_model(
         self, model: nn.Module, device_placement: bool | None = None, evaluation_mode: bool = False
     ) -> nn.Module:
-        """As accelerate's, but a cut model is wrapped in DDP over the replicas alone.
+        """As accelerate's, but a cut model is wrapped in DDP, or sharded by FSDP, over the replicas alone.
 
         Raises:
             ValueError: if the model has not been parallelized.
@@ -95,12 +99,29 @@ class Accelerator(accelerate.Accelerator):
         if evaluation_mode or not trained or size_of(self.mesh, "dp") == 1:
             return model
         options = self.ddp_handler.to_kwargs() if self.ddp_handler is not None else {}
-        wrapped = data_parallel(model, self.mesh, "ddp", **options)
-        if self.ddp_handler is not None:
+        wrapped = self._replicated.wrap(model, **options)
+        if self.ddp_handler is not None and self._replicated.data == "ddp":
             self.ddp_handler.register_comm_hook(wrapped)
         self._models[-1] = wrapped
         wrapped._is_accelerate_prepared = True  # type: ignore[assignment]
         return wrapped
+
+    def prepare(self, *objects: Any, **options: Any) -> Any:
+        """As accelerate's; optimizers train what their models hold then.
+
+        Raises:
+            ValueError: if an optimizer has made steps before FSDP shards its model.
+        """
+        prepared = super().prepare(*objects, **options)
+        for optimizer in self._optimizers:
+            self._replicated.give_parameters(optimizer.optimizer)
+        return prepared
+
+    @contextmanager
+    def no_sync(self, model: nn.Module) -> Iterator[None]:
+        """Gradients stay where they are, see :func:`colrow.no_gradient_sync`."""
+        with no_gradient_sync(model):
+            yield
 
     def clip_grad_norm_(
         self, parameters: Iterable[Tensor] | Tensor, max_norm: float, norm_type: float = 2

@@ -21,8 +21,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from colrow.checkpoint import load_optimizer, save_optimizer, save_pretrained
 from colrow.checkpoint.pretrained import load_weights
 from colrow.engines.places import require_replicas_and_parts
+from colrow.engines.sharding import Data, Replicated
 from colrow.mesh import coordinate, size_of
-from colrow.parallel import data_parallel, no_gradient_sync
+from colrow.parallel import no_gradient_sync
 from colrow.parameters import clip_grad_norm_
 from colrow.state import parallel_module
 
@@ -34,15 +35,16 @@ class Fabric(lightning_fabric.Fabric):
 
     Args:
         mesh: from :func:`colrow.init_mesh`, of ``dp`` and ``tp``; its ranks have been started.
+        data: see :class:`TensorParallelStrategy`.
         options: of ``lightning_fabric.Fabric``, such as ``precision``.
     """
 
-    def __init__(self, mesh: DeviceMesh, **options: Any) -> None:
+    def __init__(self, mesh: DeviceMesh, data: Data = "ddp", **options: Any) -> None:
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         super().__init__(
             **{
                 "accelerator": mesh.device_type,
-                "strategy": TensorParallelStrategy(mesh),
+                "strategy": TensorParallelStrategy(mesh, data),
                 "devices": local,
                 "num_nodes": dist.get_world_size() // local,
                 **options,
@@ -62,16 +64,18 @@ class TensorParallelStrategy(DDPStrategy):
 
     Args:
         mesh: from :func:`colrow.init_mesh`, of ``dp`` and ``tp``.
+        data: ``"ddp"``: replicas hold the same parameters; ``"fsdp"``: they share them, and the optimizer
+            that is set up is given those that FSDP makes.
         options: of ``DDPStrategy`` and of ``DistributedDataParallel``.
 
     Raises:
         ValueError: if the mesh has other dimensions.
     """
 
-    def __init__(self, mesh: DeviceMesh, **options: Any) -> None:
+    def __init__(self, mesh: DeviceMesh, data: Data = "ddp", **options: Any) -> None:
         require_replicas_and_parts(mesh, "TensorParallelStrategy")
         super().__init__(**options)
-        self.mesh = mesh
+        self.mesh, self._replicated = mesh, Replicated(mesh, data)
         self._backward_sync_control = _ReplicaSyncControl()
 
     @property
@@ -93,7 +97,7 @@ class TensorParallelStrategy(DDPStrategy):
             )
 
     def setup_module(self, module: nn.Module) -> nn.Module:
-        """Wrap a cut model in DDP over the replicas.
+        """Wrap a cut model in DDP, or shard it by FSDP, over the replicas.
 
         Raises:
             ValueError: if it has not been parallelized.
@@ -102,7 +106,16 @@ class TensorParallelStrategy(DDPStrategy):
         parallel_module(module)
         if size_of(self.mesh, "dp") == 1:
             return module
-        return data_parallel(module, self.mesh, "ddp", **self._ddp_kwargs)
+        return self._replicated.wrap(module, **self._ddp_kwargs)
+
+    def setup_optimizer(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        """Let it train what its model holds.
+
+        Raises:
+            ValueError: if it has made steps before FSDP sharded the model.
+        """
+        self._replicated.give_parameters(optimizer)
+        return super().setup_optimizer(optimizer)
 
     def process_dataloader(self, dataloader: Any) -> Any:
         """Seeds of loading processes differ between replicas, not between the ranks of one."""

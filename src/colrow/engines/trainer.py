@@ -21,6 +21,7 @@ from colrow.checkpoint import load_optimizer, save_optimizer, save_pretrained
 from colrow.checkpoint.pretrained import load_weights
 from colrow.engines.accelerate import Accelerator, Layout
 from colrow.engines.places import require_replicas_and_parts, require_same_batch
+from colrow.engines.sharding import Data, require_data
 from colrow.mesh import coordinate, root_mesh
 from colrow.state import state_of
 
@@ -35,10 +36,14 @@ class Trainer(transformers.Trainer):
     replicas. Checkpoints hold the whole model and optimizer and can be resumed at any layout; random numbers
     go on at the same one.
 
+    Args:
+        data: how replicas train together, as of colrow's ``Accelerator``: ``"ddp"`` or ``"fsdp"``.
+        arguments, options: of ``transformers.Trainer``.
+
     Raises:
         ValueError: if the model has not been parallelized, its mesh has other dimensions than ``dp`` and
             ``tp``, batches of one replica's ranks differ, or the arguments ask for what goes by ranks in
-            another way: DeepSpeed, FSDP, ``parallelism_config``, ``batch_rebalance``.
+            another way: DeepSpeed, its own FSDP, ``parallelism_config``, ``batch_rebalance``.
     """
 
     model: Any
@@ -46,6 +51,11 @@ class Trainer(transformers.Trainer):
     lr_scheduler: Any
     _options: dict[str, Any]
     _needs_logits = True
+
+    def __init__(self, *arguments: Any, data: Data = "ddp", **options: Any) -> None:
+        require_data(data)
+        self._data = data
+        super().__init__(*arguments, **options)
 
     @property
     def mesh(self) -> DeviceMesh:
@@ -67,7 +77,7 @@ class Trainer(transformers.Trainer):
                 "train_sampling_strategy='batch_rebalance' divides data over all ranks: use another"
             )
         super().create_accelerator_and_postprocess()
-        self.accelerator = Accelerator(self.mesh, **self._options)
+        self.accelerator = Accelerator(self.mesh, self._data, **self._options)
         self.gather_function = partial(
             self.accelerator.gather_for_metrics, use_gather_object=self.args.eval_use_gather_object
         )
