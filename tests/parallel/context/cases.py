@@ -42,6 +42,7 @@ class Ends(nn.Module):
         self.tokens = nn.Embedding(VOCABULARY, WIDTH)
         self.layers = nn.ModuleList(Layer(WIDTH, 2) for _ in range(2))
         self.head = nn.Linear(WIDTH, 3)
+        self.seen: Tensor | None = None
         self.double()
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -49,7 +50,9 @@ class Ends(nn.Module):
         x = self.tokens(ids)
         for layer in self.layers:
             x = layer(x)
+        self.seen = ids
         result: Tensor = self.end(self, x)
+        self.seen = None
         return result
 
 
@@ -62,6 +65,16 @@ GATHERED: dict[str, Callable[..., Tensor]] = {
     "of classes": lambda model, x: F.cross_entropy(model.head(x.mean(1)), torch.tensor([2, 0])),
     "mean by sum": lambda model, x: (y := x.tanh().flatten(0, 1).clone()).sum(0) / float(len(y)),
     "products": lambda model, x: model.head(x.mT @ x),
+    "last that counts": lambda model, x: model.head(
+        x[torch.arange(2), (torch.arange(x.shape[1]) * (model.seen != 3).int()).argmax(-1)]
+    ),
+    "mean of some": lambda model, x: (
+        (x * (model.seen > 30)[..., None]).sum(1) / (model.seen > 30).sum(1, True)
+    ),
+    "loss of some": lambda model, x: (
+        F.cross_entropy(model.head(x).flatten(0, 1), model.seen.flatten() % 3, reduction="none")
+        * (model.seen.flatten() > 20)
+    ).mean(),
 }
 """Ends for which the tokens of all ranks are gathered."""
 

@@ -52,7 +52,7 @@ def gathering_calls(
                     maker = None if value.producer is None else value.producer.call
                     if maker is None or maker.index in found or not has_tokens(value):
                         continue
-                    if maker.module is not call.module or _reads_weights(axes, maker):
+                    if maker.module is not call.module or not _reads_tokens_alone(axes, maker, has_tokens):
                         continue
                     if all(_is_read_by(axes, one, found, given_out) for one in alike(maker)):
                         found |= {one.index for one in alike(maker)}
@@ -60,9 +60,10 @@ def gathering_calls(
     return found
 
 
-def _reads_weights(axes: Axes, call: FunctionCall) -> bool:
-    operations = axes.trace.operations[call.first : call.last]
-    return any(value.source.kind == "parameter" for one in operations for value in one.inputs)
+def _reads_tokens_alone(axes: Axes, call: FunctionCall, has_tokens: Callable[[Value], bool]) -> bool:
+    """Whether a call makes something of tokens, without weights; what makes it of a number counts tokens."""
+    read = [value for one in axes.trace.operations[call.first : call.last] for value in one.inputs]
+    return any(map(has_tokens, read)) and all(value.source.kind != "parameter" for value in read)
 
 
 def _is_read_by(axes: Axes, call: FunctionCall, readers: Collection[int], given_out: Collection[int]) -> bool:

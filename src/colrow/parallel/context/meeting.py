@@ -39,15 +39,12 @@ def note_attention(found: Found, call: FunctionCall, at: At) -> None:
         found.cut[result.index] = extent
 
 
-def is_loss_of_tokens(found: Found, call: FunctionCall) -> bool:
-    """Whether a call of a loss compares something for each token."""
+def is_sum_over_tokens(found: Found, call: FunctionCall) -> bool:
+    """Whether a call of a loss is one number for all tokens; with ``reduction="none"`` it is one for each."""
+    if argument(call, "reduction") not in ("mean", "sum"):
+        return False
     given = argument(call, "input")
     return isinstance(given, Value) and found.axis.has(given) and given.index not in found.of_all
-
-
-def is_reduced(call: FunctionCall) -> bool:
-    """Whether a loss is one number; else it is one for each token."""
-    return argument(call, "reduction") in ("mean", "sum")
 
 
 def note_loss(found: Found, call: FunctionCall, at: At) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Set
+from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import nn
@@ -22,7 +23,7 @@ from colrow.parallel.context.comparisons import find_guards
 from colrow.parallel.context.doors import Doors
 from colrow.parallel.context.found import Found
 from colrow.parallel.context.gathering import gathering_calls, refuse_chance
-from colrow.parallel.context.meeting import is_loss_of_tokens, is_reduced, note_attention, note_loss
+from colrow.parallel.context.meeting import is_sum_over_tokens, note_attention, note_loss
 from colrow.parallel.context.plan import (
     At,
     ContextPlan,
@@ -66,25 +67,42 @@ def plan_context(model: nn.Module, trace: Trace, registry: Registry | None = Non
     gathering: set[int] = set()
     first: PlanError | None = None
     last: PlanError | None = None
+    instead: _Instead | None = None
     for _ in range(ATTEMPTS):
         walk = _Walk(model, trace, axes, experts, whole, gathering)
         try:
             return walk.run()
         except _MixedError as mixed:
             first = first or mixed.error
-            behind = walk.behind(mixed.values)
+            behind, further = walk.behind(mixed.values), walk.gathering_for(mixed.step)
             if behind is not None and not behind <= whole:
+                instead = instead or _Instead(set(whole), further)
                 whole |= behind
                 continue
-            further = walk.gathering_for(mixed.step)
-            if further <= gathering:
-                break
-            gathering |= further
+            if not further <= gathering:
+                gathering |= further
+                continue
         except PlanError as error:
             first, last = first or error, error if first else None
+        # keeping whole what the step is made of has led nowhere: gather it for the step
+        if instead is None or instead.gathering <= gathering:
             break
+        whole, gathering, instead = instead.whole, gathering | instead.gathering, None
     assert first is not None
     raise first from last
+
+
+@dataclass(frozen=True)
+class _Instead:
+    """What to try where it does not help that values stay whole.
+
+    Attributes:
+        whole: those that stayed so before.
+        gathering: calls that are to be given the tokens of all ranks.
+    """
+
+    whole: set[int]
+    gathering: set[int]
 
 
 def _paths_of_experts(model: nn.Module, trace: Trace) -> Set[str]:
@@ -199,11 +217,8 @@ class _Walk:
                 self._checks.course(step, operations)
                 note_attention(self._found, step, self._at(step))
                 attentions += 1
-            elif step.function in LOSSES and is_loss_of_tokens(self._found, step):
-                if is_reduced(step):
-                    note_loss(self._found, step, self._at(step))
-                else:
-                    self._step(step, operations)
+            elif step.function in LOSSES and is_sum_over_tokens(self._found, step):
+                note_loss(self._found, step, self._at(step))
                 losses += 1
             else:
                 self._step(step, operations)
@@ -240,7 +255,10 @@ class _Walk:
         numbers = self._found.local_numbers(step) if isinstance(step, FunctionCall) else {}
         if any(value.index in self._found.of_all for value in given):
             if cut or numbers:
-                raise refusal(f"{step.name} of a rank's tokens and of what is made of all", step)
+                reason = f"{step.name} of a rank's tokens and of what is made of all"
+                if any(self._found.axis.has(one) for one in results):
+                    raise refusal(reason, step)
+                raise _MixedError(reason, step, given)
             refuse_chance(step, operations)
             self._found.of_all.update(value.index for value in results)
         elif not cut and not numbers:
