@@ -13,6 +13,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from colrow.collectives import Communicator, communicator
 from colrow.collectives.texts import all_gather_texts
+from colrow.data_shards import held
 from colrow.optimizer_parts import OptimizerOfParts
 
 _LABEL = "optimizer state of replicas"
@@ -70,6 +71,11 @@ class OptimizerState:
             found.update(zip(own, part.of(own), strict=True))
         return [found.get(one, {}) for one in parameters]
 
+    def own_bytes(self) -> int:
+        """What this rank has of it; single numbers, such as counts of steps, are left out."""
+        found = [one for part in self._parts for one in part.own_tensors() if one.dim()]
+        return sum(held(one).numel() * one.element_size() for one in found)
+
     def put(self, parameter: nn.Parameter, values: dict[str, Tensor]) -> None:
         """Replace the state of a parameter, if this replica is to have it."""
         part = self._by_parameter.get(parameter)
@@ -86,6 +92,9 @@ class _Part:
         self.parameters: list[Tensor] = [
             parameter for group in optimizer.param_groups for parameter in group["params"]
         ]
+
+    def own_tensors(self) -> list[Tensor]:
+        return [one for state in self._own.values() for one in state.values() if isinstance(one, Tensor)]
 
     def source(self, parameter: nn.Parameter) -> Source | None:
         if self._zero is None:

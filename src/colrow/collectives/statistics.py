@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+GRADIENTS_OF_REPLICAS = "gradients of replicas"
+"""With which the labels of collectives begin that average gradients over replicas."""
+
 
 @dataclass(frozen=True)
 class Call:

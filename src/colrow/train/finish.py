@@ -11,6 +11,7 @@ import torch
 
 import colrow
 from colrow.checkpoint import save_pretrained
+from colrow.checkpoint.optimizer_state import OptimizerState
 from colrow.data_shards import held
 from colrow.mesh import replicas
 from colrow.state import placed_parameters
@@ -95,7 +96,8 @@ def _holdings(run: Run, traffic: Traffic) -> tuple[list[RankHolding], RankHoldin
         if placed.parameter.requires_grad
     )
     peak = peak_memory_bytes(run.device.type)
-    own = [count.local, count.local_bytes, count.local_bytes + _TRAINING_COPIES * local, peak]
+    training = count.local_bytes + local + OptimizerState(run.optimizer).own_bytes()
+    own = [count.local, count.local_bytes, training, peak]
     gathered = [run.gather(one) for one in own]
     exchanged = {name: run.gather(traffic.bytes.get(name, 0)) for name in _dimensions(run)}
     report = run.model.report() if isinstance(run.model, colrow.Pipeline) else None

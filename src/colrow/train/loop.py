@@ -133,7 +133,7 @@ class Trainer:
 
     def _step(self) -> None:
         run, configuration = self.run, self.configuration
-        is_measured = run.done % _MEMORY_EVERY == 0
+        is_measured = run.done % _MEMORY_EVERY == 0 or not self.traffic.bytes
         if is_measured:
             self.traffic.begin()
         begin, communicated = time.perf_counter(), colrow.comm_stats().seconds

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from colrow.collectives import Communicator
+from colrow.collectives.statistics import GRADIENTS_OF_REPLICAS
 
 
 class ExpertGradients:
@@ -62,7 +63,12 @@ class ExpertGradients:
         self._pending.clear()
         with torch.no_grad():
             begun = [
-                (gradient, self._ranks.start_all_reduce(gradient, label=f"gradient {name}", owned=True))
+                (
+                    gradient,
+                    self._ranks.start_all_reduce(
+                        gradient, label=f"{GRADIENTS_OF_REPLICAS}: {name}", owned=True
+                    ),
+                )
                 for name, gradient in found
             ]
             for gradient, pending in begun:

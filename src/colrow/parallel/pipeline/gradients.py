@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from colrow.collectives import Communicator
+from colrow.collectives.statistics import GRADIENTS_OF_REPLICAS
 from colrow.data_shards import held
 
 _BUCKET_BYTES = 25 * 1024**2
@@ -81,7 +82,7 @@ def average_over_replicas(parameters: Iterable[nn.Parameter], ranks: Communicato
     for bucket in _buckets(with_gradients_anywhere(parameters, ranks)):
         gradients = [one.grad for one in bucket if one.grad is not None]
         flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-        total = ranks.all_reduce(flat, label="gradients of replicas").div_(ranks.size)
+        total = ranks.all_reduce(flat, label=GRADIENTS_OF_REPLICAS).div_(ranks.size)
         for gradient, part in zip(gradients, total.split([one.numel() for one in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))
 
