@@ -9,22 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from transformers import (
-    DeepseekV3Config,
-    DeepseekV3ForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
-)
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import colrow
 from colrow.mesh import data_part
-from colrow.verify.precision import cast
 from tests.apply.comparison import largest_error
 from tests.apply.double import in_double
+from tests.parallel.experts import models as experts
 from tests.parallel.experts.training import gradient_of, whole
 
 VOCABULARY = 61
@@ -92,57 +83,10 @@ def gpt2() -> nn.Module:
 
 
 def mixtral() -> nn.Module:
-    """5 experts, and a loss of its routers over all tokens; 5 heads that read one key-value head."""
-    torch.manual_seed(0)
-    config = MixtralConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=20,
-        intermediate_size=11,
-        num_hidden_layers=2,
-        num_attention_heads=5,
-        num_key_value_heads=1,
-        head_dim=4,
-        num_local_experts=5,
-        num_experts_per_tok=2,
-        output_router_logits=True,
-        router_aux_loss_coef=0.5,
-        experts_implementation="eager",  # the grouped product takes no float64
-    )
-    return _spread(MixtralForCausalLM(config))
-
-
-def deepseek() -> nn.Module:
-    """Latent attention of 4 heads; experts in groups, of which one is shared, behind a dense layer."""
-    torch.manual_seed(0)
-    config = DeepseekV3Config(
-        vocab_size=VOCABULARY,
-        hidden_size=16,
-        intermediate_size=12,
-        moe_intermediate_size=10,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        n_routed_experts=4,
-        num_experts_per_tok=2,
-        n_group=2,
-        topk_group=1,
-        first_k_dense_replace=1,
-        q_lora_rank=8,
-        kv_lora_rank=8,
-        qk_rope_head_dim=4,
-        qk_nope_head_dim=4,
-        v_head_dim=4,
-        experts_implementation="eager",
-    )
-    return _spread(DeepseekV3ForCausalLM(config))
-
-
-def _spread(model: nn.Module) -> nn.Module:
-    """In float64, with weights so large that tokens choose different experts."""
-    for name, parameter in model.named_parameters():
-        if parameter.dim() >= 2:
-            nn.init.normal_(parameter, std=0.5, generator=torch.Generator().manual_seed(len(name)))
-    return cast(model, torch.float64)
+    """5 experts, and a loss of their routers over all tokens."""
+    model: Any = experts.mixtral(5)
+    model.config.output_router_logits, model.router_aux_loss_coef = True, 0.5
+    return model
 
 
 class Layer(nn.Module):
@@ -249,7 +193,8 @@ def batch_of(step: int, length: int, replica: int = 0) -> Batch:
 def named(model: nn.Module, batch: Batch) -> Batch:
     """The batch as the model names its arguments."""
     if not isinstance(model, Nano):
-        return batch
+        vocabulary: int = model.config.vocab_size  # type: ignore[union-attr, assignment]
+        return {name: ids.where(ids == IGNORED, ids % vocabulary) for name, ids in batch.items()}
     targets = batch["labels"]
     return {"ids": batch["input_ids"], "targets": targets if model.moves else targets.roll(-1, 1)}
 

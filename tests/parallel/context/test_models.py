@@ -11,6 +11,7 @@ from torch import nn
 from colrow.verify.precision import one_precision
 from tests.parallel.context import models
 from tests.parallel.context.models import differences
+from tests.parallel.experts import models as experts
 from tests.pool import Pool
 
 
@@ -67,8 +68,8 @@ def test_trains_with_fsdp(ranks: Callable[[int], Pool]) -> None:
         pytest.param(models.mixtral, {"cp": 3}, marks=pytest.mark.slow),
         pytest.param(models.mixtral, {"cp": 2, "tp": 2}, marks=pytest.mark.slow),
         pytest.param(models.mixtral, {"cp": 2, "dp": 2}, marks=pytest.mark.slow),
-        pytest.param(models.deepseek, {"cp": 2}, marks=pytest.mark.slow),
-        pytest.param(models.deepseek, {"cp": 2, "ep": 2}, marks=pytest.mark.slow),
+        pytest.param(experts.deepseek, {"cp": 2}, marks=pytest.mark.slow),
+        pytest.param(experts.deepseek, {"cp": 2, "ep": 2}, marks=pytest.mark.slow),
     ],
 )
 def test_experts_and_the_loss_of_their_routers(
