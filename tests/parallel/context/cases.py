@@ -139,6 +139,10 @@ REFUSED: dict[str, Callable[..., Tensor]] = {
     "by len": lambda model, x, ids, mask: x * 2 if len(x[0]) > 9 else x,
     "by length": lambda model, x, ids, mask: x * 2 if x.shape[1] > 9 else x,
     "summed mask": lambda model, x, ids, mask: x / mask.sum(),
+    "written mean": lambda model, x, ids, mask: x + torch.zeros(WIDTH, dtype=x.dtype).add_(x.mean((0, 1))),
+    "written elsewhere": lambda model, x, ids, mask: (
+        (held := torch.zeros(1, WIDTH, dtype=x.dtype))[0].add_(x.mean((0, 1))).sum() * 0 + x + held
+    ),
     "gate": lambda model, x, ids, mask: x * x.mean(1, keepdim=True).sigmoid(),
     "dropped mean": lambda model, x, ids, mask: x + F.dropout(x.mean(1, keepdim=True)),
 }

@@ -44,6 +44,13 @@ class Checks:
             if written is not None and (written.finding is None or not written.finding.is_derivative):
                 raise refusal(f"the backward of {written.name} may mix tokens", step)
 
+    def written_by(self, operations: tuple[Operation, ...]) -> set[int]:
+        """Indices of the values that have the memory into which these write."""
+        written = [
+            one for each in operations for one in each.outputs if any(one is other for other in each.inputs)
+        ]
+        return {each.index for value in written for each in self._storages[value.storage]}
+
     def writes(self, step: FunctionCall | Operation, operations: tuple[Operation, ...]) -> None:
         """What is written into is cut as what is written, and so is all that shares its memory."""
         for operation in operations:

@@ -3,7 +3,7 @@
 What comes in with one row for each token is cut at the door. From there on sizes that the program reads are
 those of a rank's tokens. Whole values of which a rank needs its tokens, such as positions or labels that were
 moved by one, are computed whole and taken where they have come to be one for each token. Whatever mixes
-tokens, but attention and losses, is refused with the line.
+tokens, but attention and losses, is given those of all ranks, or refused with the line.
 """
 
 from __future__ import annotations
@@ -230,6 +230,8 @@ class _Walk:
         """Of a rank's tokens, their choices and what these count come its tokens."""
         extents = [self._found.cut.get(value.index) for _, value in call.inputs]
         if all(extent is None for extent in extents):
+            if any(value.index in self._found.of_all for _, value in call.inputs):
+                self._found.of_all.update(value.index for _, value in call.outputs)
             return
         if any(extent != Extent(0) for extent in extents):
             raise PlanError(call.path, "experts are given a rank's tokens and choices of others", REMEDY)
@@ -260,7 +262,7 @@ class _Walk:
                     raise refusal(reason, step)
                 raise _MixedError(reason, step, given)
             refuse_chance(step, operations)
-            self._found.of_all.update(value.index for value in results)
+            self._note_of_all(operations, results)
         elif not cut and not numbers:
             self._whole(step, results)
         elif cut:
@@ -290,7 +292,12 @@ class _Walk:
             at = self._at(call)
             paths = [path[1:] for path, one in paths_of((call.arguments, call.keywords)) if one is value]
             self._found.plan.gathered.update(Gathered(at, path, extent) for path in paths)
+        self._note_of_all(operations, results)
+
+    def _note_of_all(self, operations: tuple[Operation, ...], results: list[Value]) -> None:
+        """What is made of all ranks' tokens, and whatever has the memory that it is written into."""
         self._found.of_all.update(value.index for value in results)
+        self._found.of_all.update(self._checks.written_by(operations))
 
     def _whole(self, step: FunctionCall | Operation, results: list[Value]) -> None:
         """All is whole: a rank takes its tokens of what has one row for each by now."""
