@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -24,6 +25,19 @@ def let_go_of_gathered(module: nn.Module) -> None:
         for one in module.modules():
             if isinstance(one, FSDPModule):
                 one.reshard()
+
+
+def refuse_inference_mode() -> None:
+    """FSDP keeps the memory into which it gathers: made in inference mode, it could not be trained with.
+
+    Raises:
+        RuntimeError: within ``torch.inference_mode()``.
+    """
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            'a model of colrow.data_parallel(..., "fsdp") cannot go on training after a forward within '
+            "torch.inference_mode(): evaluate it within torch.no_grad()"
+        )
 
 
 def held(tensor: Tensor) -> Tensor:

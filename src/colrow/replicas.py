@@ -8,11 +8,19 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from colrow.collectives import Communicator
+from colrow.collectives import Communicator, communicator
 from colrow.collectives.texts import all_gather_texts
 from colrow.data_shards import data_groups, held
 from colrow.errors import PlanError
-from colrow.state import PipelineShare, PlacedParameter, ReplicaGroups, placed_parameters, state_of
+from colrow.mesh import replicas, replicas_of_experts
+from colrow.state import (
+    ParallelState,
+    PipelineShare,
+    PlacedParameter,
+    ReplicaGroups,
+    placed_parameters,
+    state_of,
+)
 
 _CHUNK = 1 << 17
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}
@@ -92,9 +100,10 @@ def check_replicas(model: nn.Module) -> None:
 
     They must be equal to the bit at every step. They are not after ``torch.nn.utils.clip_grad_norm_`` or a
     ``GradScaler``, which see this rank's part only (use :func:`colrow.clip_grad_norm_`), after different
-    batches on the ranks, or if a plan has a fault. Of replicas that :func:`colrow.data_parallel` has made
-    the parameters are compared, not the gradients, which may not have been averaged yet: they differ if
-    optimizers do. One small all-gather, for replicas another; every rank calls this.
+    batches on the ranks, or if a plan has a fault. Of replicas, and of parts of sequences, the parameters
+    are compared, not the gradients, which may not have been averaged yet: they differ if nothing averages
+    them (see :func:`colrow.data_parallel`), or if optimizers do. One small all-gather, for replicas another;
+    every rank calls this.
 
     Raises:
         PlanError: naming the first parameter that differs; on every rank.
@@ -116,8 +125,16 @@ def check_replicas(model: nn.Module) -> None:
         )
     if state.pipeline is not None:
         _check_stages(model, state.pipeline)
-    if state.replicas is not None:
-        _check_data_replicas(model, state.replicas)
+    groups = _replica_groups(state)
+    if groups is not None:
+        _check_data_replicas(model, groups)
+
+
+def _replica_groups(state: ParallelState) -> ReplicaGroups | None:
+    """The ranks of the mesh that should train as one, also before anything averages their gradients."""
+    if state.replicas is not None or "dp" not in (state.mesh.mesh_dim_names or ()):
+        return state.replicas
+    return ReplicaGroups(communicator(replicas(state.mesh)), communicator(replicas_of_experts(state.mesh)))
 
 
 def _check_data_replicas(model: nn.Module, groups: ReplicaGroups) -> None:
@@ -130,8 +147,9 @@ def _check_data_replicas(model: nn.Module, groups: ReplicaGroups) -> None:
             raise PlanError(
                 named[found].name,
                 "it differs between the replicas that train it",
-                "Call what colrow.data_parallel returned, not the model within it, and make the optimizer "
-                "with the same options on all replicas.",
+                "Train what colrow.data_parallel(model, mesh) returns, which averages gradients over dp, ep "
+                "and cp, not the model within it, and make the optimizer with the same options on all "
+                "replicas.",
             )
 
 

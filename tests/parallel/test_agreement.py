@@ -13,7 +13,8 @@ from torch import Tensor, nn
 import colrow
 from colrow import parameters
 from colrow.parallel.data import Kind
-from tests.parallel.pipeline.models import VOCABULARY, WithSkips
+from tests.parallel.pipeline.models import VOCABULARY, WithSkips, batch_of, build, example_of
+from tests.parallel.pipeline.training import make
 from tests.pool import Pool, worker_mesh
 
 
@@ -122,3 +123,51 @@ def _other_batches() -> None:
 
 def test_stages_with_other_batches(ranks: Callable[[int], Pool]) -> None:
     ranks(2).run(_other_batches)
+
+
+def _without_averages(dimension: str) -> str:
+    mesh = worker_mesh(tp=1, **{dimension: 2})
+    rank = mesh.get_local_rank(dimension)
+    model = colrow.parallelize(_model(), mesh, (torch.rand(3, 4),)) if dimension == "dp" else _sequences(mesh)
+    colrow.check_replicas(model)
+    with torch.no_grad():
+        next(model.parameters()).add_(rank)  # a step without colrow.data_parallel
+    with pytest.raises(colrow.PlanError) as raised:
+        colrow.check_replicas(model)
+    return str(raised.value)
+
+
+def _sequences(mesh: Any) -> nn.Module:
+    torch.manual_seed(0)
+    model = build("llama")
+    return colrow.parallelize(model, mesh, example_of("llama"))
+
+
+@pytest.mark.parametrize("dimension", ["dp", "cp"])
+def test_replicas_that_nothing_averages(ranks: Callable[[int], Pool], dimension: str) -> None:
+    assert (
+        "Train what colrow.data_parallel(model, mesh) returns"
+        in ranks(2).run(_without_averages, dimension)[0]
+    )
+
+
+def _in_inference_mode() -> None:
+    model, _, _ = _replicas("fsdp")
+    with torch.inference_mode(), pytest.raises(RuntimeError, match=r"evaluate it within torch\.no_grad"):
+        model(torch.rand(3, 4))
+    with torch.no_grad():
+        model(torch.rand(3, 4))
+    model(torch.rand(3, 4)).sum().backward()
+
+
+def _stages_in_inference_mode() -> None:
+    pipeline = make("llama", {"pp": 2, "dp": 2}, "fsdp", micro_batches=2)
+    batch = {key: item[:4] for key, item in batch_of("llama").items()}
+    with torch.inference_mode(), pytest.raises(RuntimeError, match=r"evaluate it within torch\.no_grad"):
+        pipeline(**batch)
+    pipeline.step(batch)
+
+
+def test_fsdp_refuses_inference_mode(ranks: Callable[[int], Pool]) -> None:
+    ranks(2).run(_in_inference_mode)
+    ranks(4).run(_stages_in_inference_mode)

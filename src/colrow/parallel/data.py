@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from colrow.collectives import communicator
-from colrow.data_shards import let_go_of_gathered
+from colrow.data_shards import let_go_of_gathered, refuse_inference_mode
 from colrow.mesh import replicas, replicas_of_experts
 from colrow.parallel.experts.reduction import ExpertGradients
 from colrow.parallel.pipeline.pipeline import Pipeline
@@ -82,6 +82,7 @@ def data_parallel(model: nn.Module, mesh: DeviceMesh, kind: Kind = "ddp", **opti
     for layer in _layers(module):
         fully_shard(layer, mesh=shared, **options)
     fully_shard(model, mesh=shared, **options)
+    model.register_forward_pre_hook(_before_gathering, prepend=True)
     model.register_forward_hook(_at_rest)
     return model
 
@@ -89,6 +90,10 @@ def data_parallel(model: nn.Module, mesh: DeviceMesh, kind: Kind = "ddp", **opti
 def _paths_of_experts(module: nn.Module) -> list[str]:
     experts = state_of(module).experts
     return [] if experts is None else list(experts.attributes)
+
+
+def _before_gathering(model: nn.Module, arguments: Any) -> None:
+    refuse_inference_mode()
 
 
 def _at_rest(model: nn.Module, arguments: Any, output: Any) -> None:

@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from colrow.collectives import communicator
+from colrow.data_shards import refuse_inference_mode
 from colrow.parallel.pipeline.gradients import average_over_replicas, with_gradients_anywhere
 from colrow.parallel.pipeline.pipeline import Pipeline
 
@@ -87,6 +88,7 @@ class _Sharded:
 
     def begin(self) -> None:
         """Gather the parameters, and leave gradients where they are until the step's end."""
+        refuse_inference_mode()
         for module in self._modules:
             module.set_is_last_backward(False)
             module.set_reshard_after_backward(False)
